@@ -1,0 +1,90 @@
+# Each target does all the set-up it needs, on a fresh clone too; a second run does only what changed.
+#   make demo ARGS="…"    train a GPT larger than memory; ARGS go to examples/train_gpt.py
+#   make test             everything CI checks
+#   make bench ARGS="…"   every benchmark; ARGS="--quick" for a short look
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+ARGS ?=
+
+CPP_FILES = $(shell find csrc tests/cpp -name '*.cc' -o -name '*.h')
+PY_DIRS = $(wildcard setup.py offload tests examples benchmarks)
+TYPED_DIRS = $(wildcard offload examples benchmarks)
+# High-entropy address layouts break some ThreadSanitizer versions ("unexpected memory mapping").
+NO_ASLR := $(shell setarch $$(uname -m) -R true 2>/dev/null && echo setarch $$(uname -m) -R)
+
+# Targets share the venv and two cores are soon full: one at a time, each parallel inside.
+.NOTPARALLEL:
+.PHONY: demo venv build test cpp-test py-test lint format bench clean
+
+demo: build
+	$(BIN)/python examples/train_gpt.py $(ARGS)
+
+# --- set-up ---------------------------------------------------------------------------------------
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.stamp-run: requirements.txt | $(BIN)/python
+	$(BIN)/python -m pip install --disable-pip-version-check -q -r requirements.txt
+	touch $@
+
+$(VENV)/.stamp-dev: requirements-dev.txt $(VENV)/.stamp-run
+	$(BIN)/python -m pip install --disable-pip-version-check -q -r requirements-dev.txt
+	touch $@
+
+# The editable install records metadata and the path; compiling is `build`'s, each time.
+$(VENV)/.stamp-install: pyproject.toml setup.py $(VENV)/.stamp-run
+	$(BIN)/python -m pip install --disable-pip-version-check -q \
+	  --no-build-isolation --no-deps -e .
+	touch $@
+
+venv: $(VENV)/.stamp-dev
+
+build: $(VENV)/.stamp-install
+	$(BIN)/python setup.py -q build_ext --inplace
+
+# --- checks ---------------------------------------------------------------------------------------
+
+test: cpp-test py-test lint
+
+# $(call cpp_build,FOLDER,SANITIZERS,WITH_PYTHON): configure and compile the C++ tests.
+cpp_build = \
+  $(BIN)/cmake -S . -B build/$(1) -G Ninja --no-warn-unused-cli \
+    -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
+    -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS_DEBUG=-O1 -DOFFLOAD_WERROR=ON \
+    -DOFFLOAD_SANITIZE=$(2) -DOFFLOAD_BUILD_TESTS=ON -DOFFLOAD_BUILD_PYTHON=$(3) \
+    -DPython_EXECUTABLE=$(abspath $(BIN)/python) \
+    -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir) && \
+  $(BIN)/cmake --build build/$(1)
+
+# The extension is compiled here as well, so that its warnings are errors too.
+cpp-test: $(VENV)/.stamp-run
+	$(call cpp_build,asan,"address$(comma)undefined",ON)
+	build/asan/offload_tests
+	$(call cpp_build,tsan,thread,OFF)
+	$(NO_ASLR) build/tsan/offload_tests
+
+comma := ,
+
+py-test: build $(VENV)/.stamp-dev
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.stamp-dev
+	$(BIN)/ruff check $(PY_DIRS)
+	$(BIN)/ruff format --check $(PY_DIRS)
+	$(BIN)/mypy --strict $(TYPED_DIRS)
+	$(BIN)/clang-format --dry-run -Werror $(CPP_FILES)
+
+format: $(VENV)/.stamp-dev
+	$(BIN)/ruff check --fix-only $(PY_DIRS)
+	$(BIN)/ruff format $(PY_DIRS)
+	$(BIN)/clang-format -i $(CPP_FILES)
+
+bench: build $(VENV)/.stamp-dev
+	set -e; for script in benchmarks/*.py; do $(BIN)/python $$script $(ARGS); done
+
+clean:
+	rm -rf build dist *.egg-info offload/_native*.so .pytest_cache .mypy_cache .ruff_cache
+	find offload tests examples benchmarks -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
