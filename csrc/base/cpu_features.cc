@@ -1,0 +1,38 @@
+#include "base/cpu_features.h"
+
+#if defined(__aarch64__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
+
+namespace offload {
+namespace {
+
+CpuFeatures detect() {
+  CpuFeatures features;
+#if defined(__x86_64__)
+  // The builtins also ask XGETBV whether the system saves the wide registers.
+  __builtin_cpu_init();
+  features.sse42 = __builtin_cpu_supports("sse4.2") != 0;
+  features.pclmul = __builtin_cpu_supports("pclmul") != 0;
+  features.avx2 = __builtin_cpu_supports("avx2") != 0;
+  features.fma = __builtin_cpu_supports("fma") != 0;
+  features.avx512 =
+      __builtin_cpu_supports("avx512f") != 0 && __builtin_cpu_supports("avx512vl") != 0 &&
+      __builtin_cpu_supports("avx512dq") != 0 && __builtin_cpu_supports("avx512bw") != 0;
+#elif defined(__aarch64__)
+  const unsigned long hwcap = getauxval(AT_HWCAP);
+  features.neon = (hwcap & HWCAP_ASIMD) != 0;
+  features.arm_crc32 = (hwcap & HWCAP_CRC32) != 0;
+#endif
+  return features;
+}
+
+}  // namespace
+
+const CpuFeatures& cpu_features() {
+  static const CpuFeatures features = detect();
+  return features;
+}
+
+}  // namespace offload
