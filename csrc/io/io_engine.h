@@ -1,0 +1,99 @@
+// IoEngine: asynchronous reads and writes of (buffer, bytes, offset), the only way bytes reach a
+// swap file after it is opened. Two engines implement it (io_uring, thread pool); one contract
+// suite, tests/cpp/io_engine_contract_test.cc, runs against both.
+//
+// Contract
+//  1. submit() is thread-safe, never blocks on the disk and allocates nothing. When it returns ok,
+//     complete() is called exactly once for every request of the batch; when it fails, for none.
+//     kInvalid: a request is null, has no file, buffer or bytes, or ends beyond 2^63 - 1. A batch
+//     may be empty: its Status tells whether the engine takes requests.
+//  2. A short transfer is continued, EINTR and EAGAIN are retried, inside the engine: a request
+//     completes with ok only when all of its bytes were moved. End of file inside a read is an
+//     error (kCorrupt: the file is shorter than its map).
+//  3. The request and its buffer belong to the engine from submit() until complete() is entered.
+//  4. prepare() and complete() run on an engine thread, without any engine lock held. They must
+//     not block on other I/O of the same engine, nor call close(); they may call submit().
+//     complete() may destroy the request. Requests are started in the order in which they were
+//     submitted, within a priority, and complete in any order.
+//  5. Demand requests that wait for a place in the queue overtake background ones.
+//  6. close() refuses new requests, waits for those in flight, and completes queued ones that were
+//     never started with kClosed (prepare() is not called for these). It is idempotent and
+//     thread-safe; the destructor calls it. Called on an engine thread it is refused (kInvalid).
+//  7. A failure of the engine itself (not of one request) is sticky: it ends every request that is
+//     queued, refuses new ones, and is what close() returns.
+//  8. Engine threads block all signals. An engine does not survive fork(): a child must not use it.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "base/status.h"
+
+namespace offload {
+
+enum class IoOp : std::uint8_t { kRead, kWrite };
+enum class IoPriority : std::uint8_t { kDemand, kBackground };
+
+class IoRequest {
+ public:
+  virtual ~IoRequest() = default;
+
+  IoOp op = IoOp::kRead;
+  IoPriority priority = IoPriority::kBackground;
+  int fd = -1;
+  const char* path = "";  // for messages only; must outlive the request
+  std::byte* buffer = nullptr;
+  std::size_t nbytes = 0;
+  std::uint64_t offset = 0;
+
+  // Engine thread, once, before the first byte moves: the place for a checksum of what is written.
+  virtual void prepare() {}
+  // Engine thread, once, when all bytes moved or the request failed.
+  virtual void complete(Status status) = 0;
+
+ private:
+  friend class IoEngineAccess;
+  std::size_t moved_ = 0;      // bytes done so far; engines only
+  unsigned retries_ = 0;       // since the last byte moved; engines only
+  IoRequest* next_ = nullptr;  // in the one engine list that holds it
+};
+
+// Engines reach a request's progress and list link through this alone.
+class IoEngineAccess {
+ public:
+  static std::size_t& moved(IoRequest& request) { return request.moved_; }
+  static unsigned& retries(IoRequest& request) { return request.retries_; }
+  static IoRequest*& next(IoRequest& request) { return request.next_; }
+};
+
+struct IoCounters {
+  std::uint64_t bytes_read = 0;     // those of failed requests included
+  std::uint64_t bytes_written = 0;  // likewise
+  std::uint64_t requests = 0;       // started and completed, failed ones included
+  std::uint64_t continued = 0;      // short transfers that were continued
+  std::uint64_t retried = 0;        // EINTR / EAGAIN
+  std::uint64_t failed = 0;         // of `requests`
+  std::uint64_t busy_ns = 0;        // time with at least one request in flight
+};
+
+struct IoEngineOptions {
+  unsigned queue_depth = 16;  // requests in flight at the most; 1 to kMaxQueueDepth
+  unsigned threads = 4;       // of the thread-pool engine; 1 to kMaxThreads
+
+  static constexpr unsigned kMaxQueueDepth = 4096;
+  static constexpr unsigned kMaxThreads = 256;
+};
+
+class IoEngine {
+ public:
+  virtual ~IoEngine() = default;
+  virtual const char* name() const = 0;  // "io_uring" or "threads"
+  [[nodiscard]] virtual Status submit(const std::vector<IoRequest*>& requests) = 0;
+  [[nodiscard]] virtual Status close() = 0;
+  virtual IoCounters counters() const = 0;
+};
+
+}  // namespace offload
