@@ -1,0 +1,64 @@
+#include "stream/transfer.h"
+
+#include <chrono>
+#include <string>
+#include <utility>
+
+namespace offload {
+
+Result<std::shared_ptr<Transfer>> Transfer::start(SwapStore& store, IoOp op, ObjectId object,
+                                                  std::shared_ptr<Lease> lease,
+                                                  std::uint64_t nbytes, IoPriority priority) {
+  if (nbytes > lease->nbytes()) {
+    return Status::error(Code::kInvalid, "a transfer of " + std::to_string(nbytes) +
+                                             " bytes does not fit a lease of " +
+                                             std::to_string(lease->nbytes()));
+  }
+  auto transfer = std::make_shared<Transfer>();
+  const SwapStore::Range range{object, 0, lease->data(), nbytes};
+  auto done = [transfer, lease = std::move(lease)](const Status& status) mutable {
+    lease.reset();
+    transfer->finish(status);
+  };
+  OFFLOAD_RETURN_IF_ERROR(op == IoOp::kWrite ? store.write({range}, priority, std::move(done))
+                                             : store.read({range}, priority, std::move(done)));
+  return transfer;
+}
+
+Result<std::shared_ptr<Transfer>> Transfer::write(SwapStore& store, ObjectId object,
+                                                  std::shared_ptr<Lease> lease,
+                                                  std::uint64_t nbytes, IoPriority priority) {
+  return start(store, IoOp::kWrite, object, std::move(lease), nbytes, priority);
+}
+
+Result<std::shared_ptr<Transfer>> Transfer::read(SwapStore& store, ObjectId object,
+                                                 std::shared_ptr<Lease> lease,
+                                                 std::uint64_t nbytes, IoPriority priority) {
+  return start(store, IoOp::kRead, object, std::move(lease), nbytes, priority);
+}
+
+bool Transfer::done() const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return done_;
+}
+
+Status Transfer::wait() {
+  std::unique_lock<std::mutex> lock(mutex_);
+  finished_.wait(lock, [this] { return done_; });
+  return status_;
+}
+
+bool Transfer::wait_for(unsigned milliseconds) const {
+  std::unique_lock<std::mutex> lock(mutex_);
+  return finished_.wait_for(lock, std::chrono::milliseconds(milliseconds),
+                            [this] { return done_; });
+}
+
+void Transfer::finish(const Status& status) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  status_ = status;
+  done_ = true;
+  finished_.notify_all();
+}
+
+}  // namespace offload

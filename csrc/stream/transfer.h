@@ -1,0 +1,49 @@
+// Transfer: bytes in flight between a lease and the swap store, which can be waited for. An
+// optimizer update (update_pipeline.h) is a transfer that computes on the way.
+//
+// A transfer owns what it moves from or to (the Lease) until it completes and gives that up before
+// a waiter wakes. Dropping the last handle to it does not cancel it. Thread-safe.
+#pragma once
+
+#include <condition_variable>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+
+#include "base/status.h"
+#include "mem/host_arena.h"
+#include "store/swap_store.h"
+
+namespace offload {
+
+class Transfer {
+ public:
+  // Moves the first `nbytes` of the lease to (write) or from (read) the whole of `object`.
+  static Result<std::shared_ptr<Transfer>> write(SwapStore& store, ObjectId object,
+                                                 std::shared_ptr<Lease> lease,
+                                                 std::uint64_t nbytes, IoPriority priority);
+  static Result<std::shared_ptr<Transfer>> read(SwapStore& store, ObjectId object,
+                                                std::shared_ptr<Lease> lease, std::uint64_t nbytes,
+                                                IoPriority priority);
+
+  bool done() const;
+  // Blocks until done; the transfer's outcome. May be called any number of times.
+  Status wait();
+  // The same for at most `milliseconds`; false when that was not enough.
+  bool wait_for(unsigned milliseconds) const;
+
+  // By whoever carries the transfer out, once.
+  void finish(const Status& status);
+
+ private:
+  static Result<std::shared_ptr<Transfer>> start(SwapStore& store, IoOp op, ObjectId object,
+                                                 std::shared_ptr<Lease> lease,
+                                                 std::uint64_t nbytes, IoPriority priority);
+
+  mutable std::mutex mutex_;
+  mutable std::condition_variable finished_;
+  bool done_ = false;
+  Status status_;
+};
+
+}  // namespace offload
