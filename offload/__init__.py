@@ -1,0 +1,36 @@
+"""offload: train models many times larger than memory, exactly, within a hard budget."""
+
+from offload import optim
+from offload.api import report, unwrap, wrap
+from offload.errors import (
+    BudgetError,
+    CorruptionError,
+    OffloadError,
+    PolicyError,
+    SpilledTensorError,
+    SwapIOError,
+    SwapSpaceError,
+    UnsupportedError,
+)
+from offload.optim import AdamW
+from offload.policy import Budget, Policy
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AdamW",
+    "Budget",
+    "BudgetError",
+    "CorruptionError",
+    "OffloadError",
+    "Policy",
+    "PolicyError",
+    "SpilledTensorError",
+    "SwapIOError",
+    "SwapSpaceError",
+    "UnsupportedError",
+    "optim",
+    "report",
+    "unwrap",
+    "wrap",
+]

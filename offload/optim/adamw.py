@@ -1,0 +1,219 @@
+"""AdamW (Loshchilov & Hutter, "Decoupled Weight Decay Regularization", 2019)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, overload
+
+import torch
+from torch.optim import Optimizer
+
+from offload import _native
+from offload.errors import UnsupportedError
+from offload.optim.aten_rounding import aten_rounding
+from offload.optim.dense import update_dense
+from offload.tiers.context import RuntimeContext
+from offload.tiers.grad_handle import GradHandle
+from offload.tiers.unit import OffloadedParam, Unit
+
+Params = Iterable[torch.Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, torch.Tensor]]
+
+
+class AdamW(Optimizer):
+    """Drop-in ``torch.optim.AdamW`` for wrapped and for plain models on the CPU.
+
+    Parameters of a wrapped model have their moments in the model's tiers (host memory or disk, as
+    its plan says); parameters of plain models have them in memory. Results are bit-identical to
+    ``torch.optim.AdamW(foreach=False)`` in fp32.
+
+    Args:
+        params: as for any ``torch.optim.Optimizer``; dense fp32 parameters on the CPU.
+        lr, betas, eps, weight_decay, maximize: as in ``torch.optim.AdamW``.
+        foreach, fused: accepted; there is one implementation.
+        amsgrad, capturable, differentiable: refused when true.
+
+    Raises:
+        UnsupportedError: an option or a parameter that this optimizer cannot handle.
+        ValueError: a hyperparameter out of range.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | torch.Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+    ) -> None:
+        """Check the arguments; state is made at the first step."""
+        for name, value in (
+            ("amsgrad", amsgrad),
+            ("capturable", capturable),
+            ("differentiable", differentiable),
+        ):
+            if value:
+                raise UnsupportedError(f"offload.AdamW does not support {name}=True")
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "amsgrad": False,
+            "maximize": maximize,
+            "foreach": foreach,
+            "capturable": False,
+            "differentiable": False,
+            "fused": fused,
+            "decoupled_weight_decay": True,
+        }
+        self._rounding = aten_rounding()
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters; see ``torch.optim.Optimizer.add_param_group``."""
+        group = {**self.defaults, **param_group} if hasattr(self, "defaults") else param_group
+        _check_hyperparameters(group)
+        super().add_param_group(param_group)
+        for param in self.param_groups[-1]["params"]:
+            if param.dtype is not torch.float32 or param.device.type != "cpu":
+                self.param_groups.pop()
+                raise UnsupportedError(
+                    f"offload.AdamW updates float32 parameters on the CPU; got one of {param.dtype} "
+                    f"on {param.device} with shape {tuple(param.shape)}"
+                )
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Take one step; see ``torch.optim.Optimizer.step``.
+
+        For a wrapped model whose policy has ``lazy_step`` the update itself runs in the background,
+        with the hyperparameters and gradient factors of now.
+
+        Raises:
+            UnsupportedError: a sparse gradient; nothing was updated.
+            OffloadError: an update failed (disk error, say); see its message.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._refuse_sparse()
+        offloaded: dict[RuntimeContext, dict[Unit, list[_native.UpdateSegment]]] = {}
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is None:
+                    continue
+                state = self.state[param]
+                if not state:
+                    state["step"] = torch.tensor(0.0)
+                state["step"] += 1
+                hyper = self._hyper(group, state["step"].item())
+                owner = getattr(param, "_offloaded", None)
+                if owner is None:
+                    update_dense(hyper, param, state)
+                else:
+                    units = offloaded.setdefault(owner.context, {})
+                    units.setdefault(owner.unit, []).append(_segment(owner, hyper))
+        for context, units in offloaded.items():
+            with context.lock:
+                for unit in context.in_order_of_use(list(units)):
+                    context.begin_update(unit, sorted(units[unit], key=lambda s: s.begin))
+                if not context.policy.lazy_step:
+                    context.flush()
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state in torch's format: it can be loaded into ``torch.optim.AdamW``.
+
+        The moments of wrapped models are read to memory for it (8 bytes per parameter).
+        """
+        full = self._offloaded_params()
+        for owner in full:
+            state = self.state[owner.param]
+            with owner.context.lock:
+                state["exp_avg"] = owner.context.moment(owner, 0).clone()
+                state["exp_avg_sq"] = owner.context.moment(owner, 1).clone()
+        try:
+            packed = super().state_dict()
+            packed["state"] = {key: dict(value) for key, value in packed["state"].items()}
+            return packed
+        finally:
+            for owner in full:
+                del self.state[owner.param]["exp_avg"], self.state[owner.param]["exp_avg_sq"]
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what ``state_dict`` of this class or of ``torch.optim.AdamW`` returned."""
+        super().load_state_dict(state_dict)
+        for owner in self._offloaded_params():
+            state = self.state[owner.param]
+            with owner.context.lock:
+                for which, key in enumerate(("exp_avg", "exp_avg_sq")):
+                    owner.context.moment(owner, which).copy_(state.pop(key))
+
+    def _offloaded_params(self) -> list[OffloadedParam]:
+        """Offloaded parameters that have state, in the order of the param groups."""
+        return [
+            param._offloaded
+            for group in self.param_groups
+            for param in group["params"]
+            if hasattr(param, "_offloaded") and self.state.get(param)
+        ]
+
+    def _refuse_sparse(self) -> None:
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is not None and param.grad.layout is not torch.strided:
+                    raise UnsupportedError(
+                        "offload.AdamW does not support sparse gradients; use sparse=False in "
+                        "the embedding, or torch.optim.SparseAdam"
+                    )
+
+    def _hyper(self, group: dict[str, Any], step: float) -> _native.AdamWHyper:
+        beta1, beta2 = group["betas"]
+        return _native.AdamWHyper(
+            lr=float(group["lr"]),
+            beta1=float(beta1),
+            beta2=float(beta2),
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            step=step,
+            maximize=group["maximize"],
+            rounding=self._rounding,
+        )
+
+
+def _segment(owner: OffloadedParam, hyper: _native.AdamWHyper) -> _native.UpdateSegment:
+    grad = owner.param.grad
+    if not isinstance(grad, GradHandle):  # the user assigned a tensor of their own
+        assert grad is not None
+        owner.context.set_grad(owner, grad)
+    state = owner.grad_state
+    assert state is not None
+    if state.zero:
+        state.store(state.materialize())
+    begin = owner.offset // 4
+    end = begin + owner.nbytes // 4
+    return _native.UpdateSegment(begin, end, hyper, state.factor_values())
+
+
+def _check_hyperparameters(group: dict[str, Any]) -> None:
+    beta1, beta2 = group["betas"]
+    for name, value, holds in (
+        ("lr", group["lr"], group["lr"] >= 0),
+        ("eps", group["eps"], group["eps"] >= 0),
+        ("weight_decay", group["weight_decay"], group["weight_decay"] >= 0),
+        ("betas", group["betas"], 0 <= beta1 < 1 and 0 <= beta2 < 1),
+    ):
+        if not holds:
+            raise ValueError(f"offload.AdamW: invalid {name}: {value}")

@@ -1,0 +1,156 @@
+"""Placement: which slabs stay in host memory.
+
+A byte of parameters on disk is read twice per micro-batch (forward, backward); a byte of gradients
+is read and written once, in the backward alone; a byte of optimizer state is read and written once
+per step. So the state leaves memory first. Of parameters and gradients, both are spilled in a
+proportion that loads the disk evenly: the backward takes about twice as long as the forward, and
+only spilled parameters give the disk something to do during the forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from offload.errors import BudgetError
+from offload.planner.spec import Placement, Plan, UnitSpec
+
+# Of a disk whose rates were not measured: written bytes take this fraction of the time of read ones.
+_WRITE_TIME = 0.5
+
+STAGING_SET_BYTES = 4 << 20
+_LEAST_STAGING_SETS = 2
+_MOST_STAGING_SETS = 8
+
+
+def smallest_budget(units: Sequence[UnitSpec], swap: bool) -> int:
+    """Return the least host budget in bytes with which `units` can be trained.
+
+    Args:
+        units: all units of the model.
+        swap: whether there is a disk to spill to.
+    """
+    everything = _everything(units)
+    if not swap:
+        return everything
+    spilled = (
+        _nested_bytes(units)
+        + _LEAST_STAGING_SETS * STAGING_SET_BYTES
+        + _least_ring([u for u in units if not u.nested])
+    )
+    return min(everything, spilled)
+
+
+def place(units: Sequence[UnitSpec], budget_bytes: int, swap: bool) -> Plan:
+    """Return the plan for `units` within `budget_bytes` of host memory.
+
+    Raises:
+        BudgetError: the budget is too small; the message names the smallest that would do.
+    """
+    least = smallest_budget(units, swap)
+    if budget_bytes < least:
+        hint = "" if swap else " without a swap directory (Policy(swap_dir=...))"
+        raise BudgetError(
+            f"Budget(host={budget_bytes}) is too small for this model{hint}: the smallest host "
+            f"budget that would do is {least} bytes ({least / 2**20:.1f} MiB)"
+        )
+    if budget_bytes >= _everything(units):
+        pinned = tuple(Placement(u, True, True, True) for u in units)
+        return Plan(budget_bytes, 0, 0, 0, pinned)
+
+    staging_sets = min(
+        _MOST_STAGING_SETS, max(_LEAST_STAGING_SETS, budget_bytes // 32 // STAGING_SET_BYTES)
+    )
+    flat = [u for u in units if not u.nested]
+    values = sum(u.param_bytes + u.grad_bytes for u in flat)
+    left = budget_bytes - _nested_bytes(units) - staging_sets * STAGING_SET_BYTES
+    if left < _least_ring(flat):
+        staging_sets = _LEAST_STAGING_SETS
+        left = budget_bytes - _nested_bytes(units) - staging_sets * STAGING_SET_BYTES
+    largest = max(_largest(units))
+    if left >= values + largest:  # the ring serves to read optimizer state out
+        ring, pins = largest, {(i, kind) for i in range(len(units)) for kind in ("param", "grad")}
+        left -= values + largest
+    else:
+        ring = max(_least_ring(flat), min(_good_ring(flat), left // 2))
+        pins, left = _pin_values(units, left - ring)
+        ring += left
+        left = 0
+    placements = []
+    for i, unit in enumerate(units):
+        pin_state = 0 < 2 * unit.grad_bytes <= left
+        left -= 2 * unit.grad_bytes if pin_state else 0
+        placements.append(
+            Placement(
+                unit,
+                pin_params=unit.nested or (i, "param") in pins,
+                pin_grads=unit.nested or (i, "grad") in pins or unit.grad_bytes == 0,
+                pin_state=pin_state or unit.grad_bytes == 0,
+            )
+        )
+    return Plan(
+        budget_bytes, staging_sets, staging_sets * STAGING_SET_BYTES, ring + left, tuple(placements)
+    )
+
+
+def _everything(units: Sequence[UnitSpec]) -> int:
+    return sum(u.param_bytes + 3 * u.grad_bytes for u in units)
+
+
+def _nested_bytes(units: Sequence[UnitSpec]) -> int:
+    return sum(u.param_bytes + u.grad_bytes for u in units if u.nested)
+
+
+def _largest(units: Sequence[UnitSpec]) -> tuple[int, int]:
+    params = max((u.param_bytes for u in units), default=0)
+    return params, max((u.grad_bytes for u in units), default=0)
+
+
+def _least_ring(units: Sequence[UnitSpec]) -> int:
+    """Bytes in which the largest unit can be used wherever another slab lies.
+
+    At the most one other slab is held while one is placed; around it, one of two gaps has half of
+    what is left. Hence both slabs of the largest unit, and the larger of them once more.
+    """
+    params, grads = _largest(units)
+    return params + grads + max(params, grads)
+
+
+def _good_ring(units: Sequence[UnitSpec]) -> int:
+    """Bytes that let the next unit arrive and the previous one leave while one is used."""
+    params, grads = _largest(units)
+    return 2 * params + 3 * grads
+
+
+def _pin_values(units: Sequence[UnitSpec], room: int) -> tuple[set[tuple[int, str]], int]:
+    """Choose parameter and gradient slabs to pin in `room` bytes, spread evenly over the units.
+
+    Returns the choice and the bytes left over.
+    """
+    flat = [(i, u) for i, u in enumerate(units) if not u.nested]
+    params = sum(u.param_bytes for _, u in flat)
+    grads = sum(u.grad_bytes for _, u in flat)
+    streamed = params + grads - room
+    # Forward: X of reads. Backward: X + Y of reads and Y of writes, in twice the time. Equal load
+    # for X + Y = `streamed`:
+    share = 0.5 * (1 + _WRITE_TIME) / (1 + 0.5 * _WRITE_TIME)
+    stream_params = min(float(params), max(share * streamed, float(streamed - grads)))
+    pin_share = {
+        "param": 1 - stream_params / params if params else 0.0,
+        "grad": 1 - (streamed - stream_params) / grads if grads else 0.0,
+    }
+    pins: set[tuple[int, str]] = set()
+    # Half a unit apart, so that a unit with spilled parameters tends to keep its gradients.
+    credit = {"param": 0.0, "grad": 0.5}
+    for i, unit in flat:
+        for kind, size in (("param", unit.param_bytes), ("grad", unit.grad_bytes)):
+            credit[kind] += pin_share[kind]
+            if size and credit[kind] >= 1 - 1e-9 and size <= room:
+                credit[kind] -= 1
+                pins.add((i, kind))
+                room -= size
+    for i, unit in flat:
+        for kind, size in (("param", unit.param_bytes), ("grad", unit.grad_bytes)):
+            if size and (i, kind) not in pins and size <= room:
+                pins.add((i, kind))
+                room -= size
+    return pins, room

@@ -1,0 +1,154 @@
+"""What the user asks for: budgets, places and switches. Frozen data, checked when made."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from os import PathLike, fspath
+
+from offload.errors import PolicyError
+
+_UNITS = {
+    "": 1,
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+    "TIB": 2**40,
+}
+_SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*")
+
+
+def parse_bytes(size: int | str, what: str = "size") -> int:
+    """Return a number of bytes from an int or a string such as "20GiB", "512 MB" or "4096".
+
+    Raises:
+        PolicyError: when `size` is neither, is negative or has an unknown unit.
+    """
+    if isinstance(size, bool) or not isinstance(size, int | str):
+        raise PolicyError(f'{what}: expected bytes or a string such as "20GiB", got {size!r}')
+    if isinstance(size, int):
+        if size < 0:
+            raise PolicyError(f"{what}: {size} bytes is negative")
+        return size
+    match = _SIZE.fullmatch(size)
+    if match is None or match.group(2).upper() not in _UNITS:
+        known = "B, KB, MB, GB, TB (powers of 1000), KiB, MiB, GiB, TiB (powers of 1024)"
+        raise PolicyError(f"{what}: cannot read {size!r} as bytes; units are {known}")
+    return int(float(match.group(1)) * _UNITS[match.group(2).upper()])
+
+
+def format_bytes(nbytes: float) -> str:
+    """Return bytes for people: 1536 -> "1.5 KiB"."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(nbytes) < 1024:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1024
+    return f"{nbytes:.1f} TiB"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Hard limits on what the runtime holds in each tier.
+
+    Attributes:
+        host: bytes of RAM for parameters, gradients, optimizer state and staging, as an int or a
+            string such as "20GiB".
+        disk: bytes of the swap directory; None: what the filesystem has.
+        device: bytes of GPU memory; refused while ``Policy.device`` is "cpu", where the device is
+            the host.
+    """
+
+    host: int | str
+    disk: int | str | None = None
+    device: int | str | None = None
+
+    def __post_init__(self) -> None:
+        if self.host_bytes == 0:
+            raise PolicyError("Budget(host=...): 0 bytes cannot hold anything")
+        if self.disk is not None:
+            parse_bytes(self.disk, "Budget(disk=...)")
+        if self.device is not None:
+            parse_bytes(self.device, "Budget(device=...)")
+
+    @property
+    def host_bytes(self) -> int:
+        """The host budget in bytes."""
+        return parse_bytes(self.host, "Budget(host=...)")
+
+    @property
+    def disk_bytes(self) -> int | None:
+        """The disk budget in bytes, None when unlimited."""
+        return None if self.disk is None else parse_bytes(self.disk, "Budget(disk=...)")
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How a model is offloaded.
+
+    Attributes:
+        budget: the hard limits.
+        device: where the compute runs; "cpu".
+        swap_dir: directory on the disk to spill to; it must exist. None: nothing may be spilled,
+            and a model that does not fit into the host budget is refused.
+        units: names of modules (as in ``model.named_modules()``) whose parameters are fetched and
+            released together. None: found automatically.
+        max_unit_bytes: a block found automatically is split into its child modules while it is
+            larger than this. None: 1/24 of the host budget, so that several units fit at once.
+        io_engine: "auto" (io_uring where the kernel offers it, threads elsewhere), "io_uring" or
+            "threads".
+        queue_depth: I/O requests in flight at the most.
+        lazy_step: let ``offload.AdamW.step()`` return at once, the update of each unit being done
+            in the background before that unit is next used. False: ``step()`` returns when all
+            is updated. The results are the same bits.
+        debug: overwrite with NaN whatever memory is given up, so that a use after release shows.
+    """
+
+    budget: Budget
+    device: str = "cpu"
+    swap_dir: str | PathLike[str] | None = None
+    units: Sequence[str] | None = None
+    max_unit_bytes: int | str | None = None
+    io_engine: str = "auto"
+    queue_depth: int = 16
+    lazy_step: bool = True
+    debug: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.budget, Budget):
+            raise PolicyError(f"Policy(budget=...): expected a Budget, got {self.budget!r}")
+        if self.device != "cpu":
+            raise PolicyError(
+                f"Policy(device={self.device!r}): this version computes on the CPU only; "
+                'use device="cpu"'
+            )
+        if self.budget.device is not None:
+            raise PolicyError(
+                'Budget(device=...) has no meaning with Policy(device="cpu"): device and host are '
+                "the same memory; give Budget(host=...) alone"
+            )
+        if self.io_engine not in ("auto", "io_uring", "threads"):
+            raise PolicyError(
+                f"Policy(io_engine={self.io_engine!r}): expected auto, io_uring or threads"
+            )
+        if not 1 <= self.queue_depth <= 1024:
+            raise PolicyError(f"Policy(queue_depth={self.queue_depth}): expected 1 to 1024")
+        if self.max_unit_bytes is not None:
+            parse_bytes(self.max_unit_bytes, "Policy(max_unit_bytes=...)")
+
+    @property
+    def swap_path(self) -> str | None:
+        """The swap directory as a string, None when there is none."""
+        return None if self.swap_dir is None else fspath(self.swap_dir)
+
+    @property
+    def unit_limit(self) -> int:
+        """Bytes above which an automatically found unit is split."""
+        if self.max_unit_bytes is not None:
+            return parse_bytes(self.max_unit_bytes, "Policy(max_unit_bytes=...)")
+        return self.budget.host_bytes // 24

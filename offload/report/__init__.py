@@ -1,0 +1,69 @@
+"""The report: what lives where, what moved, and what the training thread waited for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from offload.planner import Plan
+
+
+@dataclass(frozen=True)
+class Report:
+    """A snapshot of one wrapped model.
+
+    Attributes:
+        plan: where everything lives.
+        params: number of parameters (elements).
+        counters: bytes and seconds since wrap(); see as_dict().
+        stall_seconds: by cause, time the training thread waited.
+        notes: which engine was chosen and why, and which fallbacks were taken.
+    """
+
+    plan: Plan
+    params: int
+    counters: dict[str, Any]
+    stall_seconds: dict[str, float]
+    notes: tuple[str, ...] = field(default=())
+
+    def plan_table(self) -> list[dict[str, Any]]:
+        """Return one row per kind: {"what", "host_bytes", "disk_bytes"}."""
+        disk = self.plan.disk_bytes()
+        return [
+            {"what": what, "host_bytes": nbytes, "disk_bytes": disk[what]}
+            for what, nbytes in self.plan.host_bytes().items()
+        ]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return everything as plain numbers, strings, lists and dicts.
+
+        ``params`` counts elements; ``*_bytes`` are bytes; ``*_seconds`` seconds;
+        ``disk_read_bytes`` and ``disk_write_bytes`` are cumulative; ``stall_seconds`` is the sum
+        over all causes in ``stalls``.
+        """
+        return {
+            "params": self.params,
+            "state_bytes": sum(
+                row["host_bytes"] + row["disk_bytes"]
+                for row in self.plan_table()
+                if row["what"] != "staging"
+            ),
+            **self.counters,
+            "stall_seconds": sum(self.stall_seconds.values()),
+            "stalls": dict(self.stall_seconds),
+            "plan": self.plan_table(),
+            "notes": list(self.notes),
+        }
+
+    def __str__(self) -> str:
+        """The table for people."""
+        lines = [f"{'what':<18}{'host':>12}{'disk':>12}   (MiB)"]
+        for row in self.plan_table():
+            host, disk = row["host_bytes"] / 2**20, row["disk_bytes"] / 2**20
+            lines.append(f"{row['what']:<18}{host:>12.1f}{disk:>12.1f}")
+        read, written = self.counters["disk_read_bytes"], self.counters["disk_write_bytes"]
+        lines.append(f"disk: {read / 2**30:.2f} GiB read, {written / 2**30:.2f} GiB written")
+        stalls = ", ".join(f"{what} {s:.2f} s" for what, s in sorted(self.stall_seconds.items()))
+        lines.append(f"waited for: {stalls or 'nothing'}")
+        lines.extend(self.notes)
+        return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""The runtime: hooks on modules and on autograd that obey the plan."""

@@ -1,0 +1,147 @@
+"""Finding the units of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from offload.errors import PolicyError, UnsupportedError
+
+
+@dataclass
+class FoundUnit:
+    """A module and the parameters that are fetched when it runs.
+
+    Attributes:
+        own: parameters that belong to this unit, with their qualified names.
+        nested: the module contains other units.
+    """
+
+    name: str
+    module: nn.Module
+    own: list[tuple[str, nn.Parameter]] = field(default_factory=list)
+    nested: bool = False
+
+
+@dataclass
+class Discovery:
+    """The units of a model, and which modules use parameters of other units (tied weights).
+
+    Attributes:
+        shared: for each module that uses them in its own forward, parameters owned elsewhere.
+    """
+
+    units: list[FoundUnit]
+    shared: list[tuple[nn.Module, list[nn.Parameter]]]
+
+
+def find_units(model: nn.Module, names: Sequence[str] | None, limit: int) -> Discovery:
+    """Return the units of `model`.
+
+    With `names`, these modules are units, whole. Otherwise the children of every ModuleList and
+    Sequential are, split into their own children while they hold more than `limit` bytes. What
+    remains becomes units of its own: each module that owns parameters directly.
+
+    Raises:
+        PolicyError: a name is not a module, or one named module contains another.
+        UnsupportedError: a parameter that cannot be moved (subclass, not on the CPU, sparse).
+    """
+    modules = dict(model.named_modules())
+    roots = _named(modules, names) if names is not None else _blocks(model, limit)
+    for name, param in model.named_parameters():
+        _check(name, param)
+    owner: dict[nn.Parameter, FoundUnit] = {}
+    units: list[FoundUnit] = []
+    inside: set[nn.Module] = set()
+    for name in roots:
+        unit = FoundUnit(name, modules[name])
+        for path, module in unit.module.named_modules(prefix=name):
+            inside.add(module)
+            _claim(unit, path, module, owner)
+        units.append(unit)
+    for name, module in modules.items():
+        if module in inside:
+            continue
+        unit = FoundUnit(name or "(root)", module)
+        unit.nested = any(True for _ in module.children())
+        _claim(unit, name, module, owner)
+        units.append(unit)
+    units = [unit for unit in units if unit.own]
+    order = {module: i for i, module in enumerate(model.modules())}
+    units.sort(key=lambda unit: order[unit.module])
+    shared = []
+    within = {unit.name: set(unit.module.modules()) for unit in units}
+    for module in model.modules():
+        foreign = [
+            p for p in module.parameters(recurse=False) if module not in within[owner[p].name]
+        ]
+        if foreign:
+            shared.append((module, foreign))
+    return Discovery(units, shared)
+
+
+def _claim(
+    unit: FoundUnit, path: str, module: nn.Module, owner: dict[nn.Parameter, FoundUnit]
+) -> None:
+    for key, param in module.named_parameters(recurse=False):
+        if param not in owner:
+            owner[param] = unit
+            unit.own.append((f"{path}.{key}" if path else key, param))
+
+
+def _named(modules: dict[str, nn.Module], names: Sequence[str]) -> list[str]:
+    for name in names:
+        if name not in modules:
+            raise PolicyError(f"Policy(units=...): the model has no module {name!r}")
+        for other in names:
+            if other != name and (name == "" or other.startswith(name + ".")):
+                raise PolicyError(f"Policy(units=...): {name!r} contains {other!r}")
+    return list(names)
+
+
+def _blocks(model: nn.Module, limit: int) -> list[str]:
+    """Names of the children of outermost ModuleLists and Sequentials, split at `limit` bytes."""
+    found: list[str] = []
+    seen: set[nn.Module] = set()
+
+    def visit(name: str, module: nn.Module) -> None:
+        for child_name, child in module.named_children():
+            if child in seen:  # a module that is used in several places has one name
+                continue
+            seen.add(child)
+            path = f"{name}.{child_name}" if name else child_name
+            if isinstance(module, nn.ModuleList | nn.Sequential):
+                split(path, child)
+            else:
+                visit(path, child)
+
+    def split(path: str, module: nn.Module) -> None:
+        children = [
+            (f"{path}.{name}", child)
+            for name, child in module.named_children()
+            if child not in seen and any(True for _ in child.parameters())
+        ]
+        seen.update(child for _, child in children)
+        nbytes = sum(p.numel() * p.dtype.itemsize for p in module.parameters())
+        if nbytes <= limit or not children:
+            found.append(path)
+            return
+        for child_path, child in children:
+            split(child_path, child)
+
+    visit("", model)
+    return found
+
+
+def _check(name: str, param: nn.Parameter) -> None:
+    if type(param) is not nn.Parameter:
+        raise UnsupportedError(
+            f"{name} is a {type(param).__name__}; only plain torch.nn.Parameter can be offloaded"
+        )
+    if param.device.type != "cpu" or param.layout is not torch.strided:
+        raise UnsupportedError(
+            f"{name} is a {param.layout} tensor on {param.device}; expected a dense one on the CPU"
+        )

@@ -1,0 +1,139 @@
+"""Saved-tensor hooks: autograd must not keep a slab's memory alive.
+
+Within the forward of a wrapped model every tensor that autograd saves and that lies in a parameter
+slab (a weight, a view such as ``weight.t()``) is replaced by a reference (unit, offset, shape,
+stride); the backward fetches the unit again. Other tensors pass through to the hooks that were
+active before, such as those of activation checkpointing, or are kept as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from offload.tiers.context import RuntimeContext
+from offload.tiers.unit import Unit
+
+Pack = Callable[[torch.Tensor], Any]
+Unpack = Callable[[Any], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class _SlabReference:
+    unit: Unit
+    version: int
+    offset: int  # in elements
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class _Kept:
+    tensor: torch.Tensor
+    version: int
+
+
+@dataclass(frozen=True)
+class _Outer:
+    packed: Any
+    unpack: Unpack
+
+
+class SavedTensorHooks:
+    """The hooks of one wrapped model."""
+
+    def __init__(self, context: RuntimeContext, on_backward: Callable[[], None]) -> None:
+        """`on_backward` is called when a backward pass needs something of the model."""
+        self._context = context
+        self._on_backward = on_backward
+        self._marker = object()
+
+    def push(self) -> bool:
+        """Activate the hooks in this thread; False when they are already the active ones."""
+        if not torch.is_grad_enabled():
+            return False
+        top: tuple[Pack, Unpack] | None = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        if top is not None and getattr(top[0], "marker", None) is self._marker:
+            return False
+        outer_pack, outer_unpack = top if top is not None else (None, None)
+
+        def pack(tensor: torch.Tensor) -> Any:
+            reference = self._reference(tensor)
+            if reference is not None:
+                return reference
+            if outer_pack is not None and outer_unpack is not None:
+                return _Outer(outer_pack(tensor), outer_unpack)
+            # Detached: an output that keeps itself alive through its own node would never be freed.
+            return _Kept(tensor.detach(), tensor._version)
+
+        pack.marker = self._marker  # type: ignore[attr-defined]
+        torch._C._autograd._push_saved_tensors_default_hooks(pack, self._unpack)
+        return True
+
+    def pop(self) -> None:
+        """Deactivate what the last push() that returned True activated."""
+        torch._C._autograd._pop_saved_tensors_default_hooks()
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Have the hooks active within a block."""
+        pushed = self.push()
+        try:
+            yield
+        finally:
+            if pushed:
+                self.pop()
+
+    def _reference(self, tensor: torch.Tensor) -> _SlabReference | None:
+        if tensor.layout is not torch.strided or type(tensor) not in _PLAIN:
+            return None
+        unit = self._context.by_pointer.get(tensor.untyped_storage().data_ptr())
+        if unit is None:
+            return None
+        return _SlabReference(
+            unit,
+            unit.version,
+            tensor.storage_offset(),
+            tuple(tensor.shape),
+            tensor.stride(),
+            tensor.dtype,
+        )
+
+    def _unpack(self, packed: Any) -> torch.Tensor:
+        if isinstance(packed, _Kept):
+            if packed.tensor._version != packed.version:
+                raise RuntimeError(
+                    "one of the variables needed for gradient computation has been modified by an "
+                    f"inplace operation: [{packed.tensor.type()} {list(packed.tensor.shape)}] is "
+                    f"at version {packed.tensor._version}; expected version {packed.version}"
+                )
+            return packed.tensor
+        if isinstance(packed, _Outer):
+            return packed.unpack(packed.packed)
+        return self._fetch(packed)
+
+    def _fetch(self, reference: _SlabReference) -> torch.Tensor:
+        unit = reference.unit
+        context = self._context
+        with context.lock:
+            if unit.version != reference.version:
+                raise RuntimeError(
+                    "one of the variables needed for gradient computation has been modified by an "
+                    f"inplace operation: the parameters of {unit.name} were changed (by an "
+                    "optimizer step, say) between this forward and its backward"
+                )
+            self._on_backward()
+            context.begin_backward(unit)
+            context.attach(unit)
+            base = unit.param_slab.view(0, (unit.param_bytes,), (1,), torch.uint8)
+            return base.view(reference.dtype).as_strided(
+                reference.shape, reference.stride, reference.offset
+            )
+
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)

@@ -1,0 +1,233 @@
+"""WrappedModel: what wrap() adds to a model, and unwrap() takes away again."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from offload import _native
+from offload.errors import OffloadError, SwapSpaceError, UnsupportedError
+from offload.planner import Plan, UnitSpec, place
+from offload.policy import Policy
+from offload.runtime.backward import BackwardHooks
+from offload.runtime.discover import Discovery, find_units
+from offload.runtime.forward import ForwardHooks
+from offload.runtime.saved_tensors import SavedTensorHooks
+from offload.runtime.state_dict import add_state_dict_hooks
+from offload.tiers.context import RuntimeContext
+from offload.tiers.mover import Mover
+from offload.tiers.unit import OffloadedParam, SpilledParameter, Unit
+
+ATTRIBUTE = "_offload_wrapped"
+"""Where a wrapped model keeps its WrappedModel."""
+
+
+class WrappedModel:
+    """The runtime of one wrapped model: its context and its hooks."""
+
+    def __init__(self, model: nn.Module, policy: Policy) -> None:
+        """Plan, reserve, then move the model unit by unit; on failure it is as it was before.
+
+        Raises:
+            BudgetError: the smallest host budget that would do is larger than the policy's.
+            SwapSpaceError, SwapIOError: the swap directory cannot take what must be spilled.
+            UnsupportedError, PolicyError: see find_units.
+        """
+        found = find_units(model, policy.units, policy.unit_limit)
+        if not found.units:
+            raise UnsupportedError("the model has no parameters: there is nothing to offload")
+        self.model = model
+        self._handles: list[RemovableHandle] = []
+        units, specs = _lay_out(found)
+        plan = place(specs, policy.budget.host_bytes, swap=policy.swap_path is not None)
+        self.context = _make_context(policy, plan)
+        try:
+            for unit in units:
+                for param in unit.params:
+                    param.context = self.context
+                self.context.add_unit(unit)
+        except BaseException:
+            self._restore()
+            raise
+        self._saved = SavedTensorHooks(self.context, lambda: self._backward.on_backward())
+        self._backward = BackwardHooks(self.context)
+        self._forward = ForwardHooks(self.context, self._saved, self._backward.reset)
+        self.context.saved_hooks = self._saved.active
+        self._add_hooks(found, units)
+
+    def _add_hooks(self, found: Discovery, units: list[Unit]) -> None:
+        by_param = {param.param: unit for unit in units for param in unit.params}
+        uses: dict[nn.Module, list[Unit]] = {self.model: []}
+        for unit, source in zip(units, found.units, strict=True):
+            uses.setdefault(source.module, []).append(unit)
+        for module, params in found.shared:
+            for other in dict.fromkeys(by_param[p] for p in params):
+                if other not in uses.setdefault(module, []):
+                    uses[module].append(other)
+        for module, needed in uses.items():
+            self._forward.add(module, needed)
+        for unit in units:
+            with self.context.held(unit):
+                for param in unit.trainable:
+                    self._backward.add(param)
+        self._handles += self._forward.handles + self._backward.handles
+        self._handles += add_state_dict_hooks(self.model, self.context)
+        for module in self.model.modules():
+            module.__dict__["_apply"] = _refuse_conversion(module)
+
+    def unwrap(self) -> None:
+        """Give the model ordinary tensors again, with current values; gradients become tensors."""
+        with self.context.lock:
+            self._forward.reset()
+            self.context.flush()
+            grads = {}
+            for unit in self.context.units:
+                for param in unit.trainable:
+                    if param.grad_state is not None:
+                        grads[param] = param.grad_state.materialize()
+            self._restore()
+            for param, grad in grads.items():
+                param.param.grad = grad
+        for handle in self._handles:
+            handle.remove()
+        for module in self.model.modules():
+            module.__dict__.pop("_apply", None)
+        self.context.close()
+
+    def _restore(self) -> None:
+        """Give every parameter that was taken over a tensor of its own."""
+        for unit in self.context.units:
+            with self.context.held(unit):
+                copies = [param.view(unit.param_slab).clone() for param in unit.params]
+            for param, copy in zip(unit.params, copies, strict=True):
+                if type(param.param) is SpilledParameter:
+                    param.param.__class__ = nn.Parameter
+                param.param.grad = None
+                param.param.data = copy
+                del param.param._offloaded  # type: ignore[attr-defined]
+            unit.attached = False
+            self.context.mover.forget(unit.param_slab)
+
+    def counters(self) -> dict[str, Any]:
+        """Return cumulative counts of bytes (``*_bytes``) and events since wrap()."""
+        context = self.context
+        arenas = [a.usage() for a in (context.mover.home, context.mover.ring) if a is not None]
+        disk = context.store.stats() if context.store is not None else {}
+        update = context.pipeline.stats()
+        return {
+            "arena_budget_bytes": context.plan.budget_bytes,
+            "arena_in_use_bytes": sum(usage["in_use"] for usage in arenas),
+            "arena_peak_bytes": sum(usage["peak"] for usage in arenas),
+            "disk_read_bytes": disk.get("bytes_read", 0),
+            "disk_write_bytes": disk.get("bytes_written", 0),
+            "disk_busy_seconds": disk.get("busy_seconds", 0.0),
+            "update_seconds": update["update_seconds"],
+            "updates": update["jobs"],
+            "pending": len(context.updating),
+            "misses": context.mover.misses,
+            "mispredicted": context.trace.mispredicted,
+            "uses": context.trace.recorded,
+        }
+
+    def notes(self) -> tuple[str, ...]:
+        """Return which choices were made, and why."""
+        store = self.context.store
+        if store is None:
+            return ()
+        notes = [f"I/O engine: {store.engine} ({store.engine_reason})"]
+        return (*notes, store.note) if store.note else tuple(notes)
+
+    def __deepcopy__(self, memo: Any) -> NoReturn:
+        """Refuse: the copy would share the original's slabs."""
+        raise UnsupportedError("an offloaded model cannot be copied; copy it before offload.wrap()")
+
+    def __reduce__(self) -> NoReturn:
+        """Refuse: swap files and hooks cannot be pickled."""
+        raise UnsupportedError(
+            "an offloaded model cannot be pickled; save model.state_dict(), or offload.unwrap() it"
+        )
+
+
+def _lay_out(found: Discovery) -> tuple[list[Unit], list[UnitSpec]]:
+    units, specs = [], []
+    for index, source in enumerate(found.units):
+        unit = Unit(index, source.name, [OffloadedParam(param, name) for name, param in source.own])
+        units.append(unit)
+        specs.append(
+            UnitSpec(unit.name, _pages(unit.param_bytes), _pages(unit.grad_bytes), source.nested)
+        )
+    return units, specs
+
+
+def _pages(nbytes: int) -> int:
+    return -(-nbytes // 4096) * 4096
+
+
+def _make_context(policy: Policy, plan: Plan) -> RuntimeContext:
+    store = None
+    if plan.spills:
+        assert policy.swap_path is not None  # place() refused otherwise
+        _check_directory(policy.swap_path)
+        store = _native.SwapStore(policy.swap_path, policy.io_engine, policy.queue_depth)
+        block = _native.SwapStore.block_bytes
+        objects = sum(
+            (not p.pin_params) + (not p.pin_grads) + 2 * (not p.pin_state) for p in plan.placements
+        )
+        wanted = sum(plan.disk_bytes().values()) + objects * block
+        spare = min(plan.budget_bytes, wanted) + objects * block
+        limit = policy.budget.disk_bytes
+        if limit is not None and wanted + spare > limit:
+            raise SwapSpaceError(
+                28,
+                f"Budget(disk={limit}) is too small: {wanted} bytes live on disk and {spare} more "
+                f"are needed while they are replaced, {wanted + spare} in all",
+            )
+        store.reserve(wanted, spare)
+    home = _native.HostArena(plan.pinned_bytes, policy.debug)
+    ring = _native.HostArena(plan.ring_bytes, policy.debug) if plan.ring_bytes else None
+    threads = 1 if plan.spills else len(os.sched_getaffinity(0))
+    pipeline = _native.UpdatePipeline(store, home, plan.staging_sets, threads)
+    return RuntimeContext(policy, plan, Mover(home, ring, store), pipeline)
+
+
+def _check_directory(path: str) -> None:
+    if not os.path.isdir(path):
+        raise SwapSpaceError(
+            2, f"Policy(swap_dir={path!r}) is not a directory; create it on the disk to spill to"
+        )
+
+
+def _refuse_conversion(module: nn.Module) -> Callable[..., nn.Module]:
+    """Return what replaces ``module._apply``, on which ``to``, ``half``, ``cuda`` are built."""
+
+    def apply(fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
+        for dtype in {p.dtype for p in module.parameters()}:
+            probe = torch.empty(1, dtype=dtype)
+            converted = fn(probe)
+            if converted.dtype != probe.dtype or converted.device != probe.device:
+                raise UnsupportedError(
+                    f"an offloaded model cannot be moved or converted (from {dtype} on cpu to "
+                    f"{converted.dtype} on {converted.device}); do it before offload.wrap()"
+                )
+        return module
+
+    return apply
+
+
+def wrapped(model: nn.Module) -> WrappedModel:
+    """Return the runtime of `model`.
+
+    Raises:
+        OffloadError: the model is not wrapped.
+    """
+    runtime = model.__dict__.get(ATTRIBUTE)
+    if not isinstance(runtime, WrappedModel):
+        raise OffloadError("this model is not wrapped; call offload.wrap(model, policy) first")
+    return runtime
+
+

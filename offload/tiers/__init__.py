@@ -1,0 +1,1 @@
+"""Memory tiers: what holds the bytes of a unit, and the one object that moves them."""

@@ -1,0 +1,436 @@
+"""RuntimeContext: everything one wrapped model shares, and the operations on its units.
+
+Life of a unit's parameters:
+ 1. attach: any pending update is finished, the bytes are fetched, ``.data`` of each parameter is
+    pointed at the slab. Pinned units stay attached.
+ 2. detach: ``.data`` becomes one NaN expanded to the shape and the class SpilledParameter, so that
+    whoever touches the parameter is noticed. The slab stays in memory until its place is needed.
+ 3. begin_update: detach, then a native job owns the slabs; settle() ends it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+
+from offload import _native
+from offload.errors import OffloadError, SpilledTensorError, UnsupportedError
+from offload.planner import Plan
+from offload.policy import Policy
+from offload.tiers.grad_handle import GradHandle, GradState
+from offload.tiers.mover import Mover
+from offload.tiers.slab import Residency, Slab
+from offload.tiers.unit import OffloadedParam, SpilledParameter, Unit
+from offload.trace import AccessTrace, Phase, Use
+
+LOOKAHEAD = 64
+"""Predicted uses that are considered for prefetching and eviction."""
+
+
+class RuntimeContext:
+    """State shared by all units of one wrapped model.
+
+    Attributes:
+        scopes: units locked by each module that is in forward at the moment, outermost first.
+        norm_orders: orders of gradient norms that the training loop has asked for.
+        reading_out: detach() of a spilled parameter returns a copy (state_dict is being made).
+        saved_hooks: a context in which autograd saves no slab memory.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        plan: Plan,
+        mover: Mover,
+        pipeline: _native.UpdatePipeline,
+    ) -> None:
+        """Own the native objects; units are added with add_unit()."""
+        self.policy = policy
+        self.plan = plan
+        self.store = mover.store
+        self.pipeline = pipeline
+        self.lock = threading.RLock()
+        self.mover = mover
+        self.mover.relieve = self._relieve
+        self.trace = AccessTrace()
+        self.units: list[Unit] = []
+        self.updating: dict[Unit, None] = {}
+        self.in_backward: dict[Unit, None] = {}
+        self.scopes: list[list[Unit]] = []
+        self.norm_orders: set[float] = set()
+        self.by_pointer: dict[int, Unit] = {}
+        self.reading_out = False
+        self.saved_hooks: Callable[[], AbstractContextManager[None]] = nullcontext
+        self.closed = False
+        self._streams = False
+
+    # -- building -------------------------------------------------------------------------------
+
+    def add_unit(self, unit: Unit) -> None:
+        """Take over the unit's values: copy them to their slab and free the original tensors."""
+        placement = self.plan.placements[unit.index]
+        unit.param_slab = self._slab(unit, "parameters", unit.param_bytes, placement.pin_params)
+        if unit.grad_bytes:
+            unit.grad_slab = self._slab(unit, "gradients", unit.grad_bytes, placement.pin_grads)
+            unit.grad_slab.live = unit.grads_wanted
+        self._streams = self._streams or not (placement.pin_params and placement.pin_grads)
+        self.units.append(unit)
+        self.mover.hold_new(unit.param_slab)
+        for param in unit.params:
+            param.view(unit.param_slab).copy_(param.param.detach())
+            param.param._offloaded = param  # type: ignore[attr-defined]
+            self._point(param, param.view(unit.param_slab))
+        unit.attached = True
+        self._note_attached(unit)
+        if not placement.pin_params:
+            self.detach(unit)
+            self.mover.write_back(unit.param_slab)
+
+    def moments(self, unit: Unit) -> tuple[Slab, Slab]:
+        """Return the two AdamW moments of `unit`, zero at first."""
+        if unit.moments is None:
+            pinned = self.plan.placements[unit.index].pin_state
+            first = self._slab(unit, "exp_avg", unit.grad_bytes, pinned)
+            second = self._slab(unit, "exp_avg_sq", unit.grad_bytes, pinned)
+            if pinned:
+                for slab in (first, second):
+                    self.mover.hold_new(slab)
+                    if slab.base is not None:
+                        slab.base.zero_()
+            unit.moments = (first, second)
+        return unit.moments
+
+    def moment(self, param: OffloadedParam, which: int) -> torch.Tensor:
+        """Return the bytes of a moment of `param` (0: exp_avg, 1: exp_avg_sq), to be used at once.
+
+        They may be changed: the slab counts as dirty.
+        """
+        self.settle(param.unit)
+        slab = self.moments(param.unit)[which]
+        if slab.residency is Residency.ABSENT:
+            self.mover.hold_new(slab)
+            if slab.base is not None:
+                slab.base.zero_()
+        self.mover.fetch(slab)
+        self.mover.settle(slab)
+        self.mover.mark_dirty(slab)
+        return param.view(slab)
+
+    def _slab(self, unit: Unit, kind: str, nbytes: int, pinned: bool) -> Slab:
+        swap_object = None
+        if not pinned:
+            if self.store is None:
+                raise OffloadError(f"{unit.name}: no swap store to spill to (internal error)")
+            swap_object = self.store.create(nbytes)
+        return Slab(f"{kind} of {unit.name}", kind, nbytes, pinned, swap_object)
+
+    # -- parameters -----------------------------------------------------------------------------
+
+    def attach(self, unit: Unit) -> None:
+        """Have the unit's parameters usable: current bytes, in memory."""
+        if unit.attached and unit.update is None:
+            return
+        self.settle(unit)
+        self.mover.fetch(unit.param_slab)
+        for param in unit.params:
+            self._point(param, param.view(unit.param_slab))
+        unit.attached = True
+        self._note_attached(unit)
+
+    def detach(self, unit: Unit) -> None:
+        """Make the unit's parameters placeholders again; the slab stays as it is."""
+        if not unit.attached:
+            return
+        self._note_changes(unit)
+        base = unit.param_slab.base
+        if base is not None:
+            self.by_pointer.pop(base.data_ptr(), None)
+        for param in unit.params:
+            param.param.data = param.placeholder
+            param.param.__class__ = SpilledParameter
+        unit.attached = False
+
+    def acquire(self, unit: Unit, phase: Phase) -> None:
+        """Attach `unit` for a use in forward and hold it until release()."""
+        unit.param_slab.locks += 1
+        unit.forward_locks += 1
+        try:
+            self.advance(Use(unit.index, phase))
+            self.attach(unit)
+        except BaseException:
+            unit.param_slab.locks -= 1
+            unit.forward_locks -= 1
+            raise
+
+    def release(self, unit: Unit) -> None:
+        """End a use begun by acquire()."""
+        unit.param_slab.locks -= 1
+        unit.forward_locks -= 1
+        self._rest(unit)
+
+    def _rest(self, unit: Unit) -> None:
+        """Nobody holds the unit any more, perhaps: leave it ready for eviction."""
+        if unit.forward_locks or unit.in_backward or unit.param_slab.pinned:
+            return
+        self.detach(unit)
+        if unit.update is None:
+            self.mover.write_back(unit.param_slab)
+
+    def _point(self, param: OffloadedParam, view: torch.Tensor) -> None:
+        if type(param.param) is SpilledParameter:
+            param.param.__class__ = torch.nn.Parameter
+        param.param.data = view
+
+    def _note_attached(self, unit: Unit) -> None:
+        base = unit.param_slab.base
+        if base is not None:
+            self.by_pointer[base.data_ptr()] = unit
+        unit.seen_version = sum(p.param._version for p in unit.params)
+
+    def _note_changes(self, unit: Unit) -> None:
+        """See whether the user changed the parameters in place while they were attached."""
+        version = sum(p.param._version for p in unit.params)
+        if version != unit.seen_version:
+            unit.seen_version = version
+            unit.version += 1
+            self.mover.mark_dirty(unit.param_slab)
+
+    # -- gradients ------------------------------------------------------------------------------
+
+    def begin_backward(self, unit: Unit) -> None:
+        """A use of `unit` in a backward pass: hold it until its gradients are complete."""
+        if unit.in_backward:
+            return
+        # Nothing tells when a unit without gradients is done with; another unit's turn does.
+        for other in [u for u in self.in_backward if not u.expected]:
+            self.end_unit_backward(other)
+        unit.in_backward = True
+        self.in_backward[unit] = None
+        unit.param_slab.locks += 1
+        self.advance(Use(unit.index, Phase.BACKWARD))
+
+    def accumulate(self, param: OffloadedParam, new: torch.Tensor, state: GradState | None) -> None:
+        """Add `new` to the gradient `state` of `param` (None: there is none yet)."""
+        unit = param.unit
+        if new.requires_grad:
+            raise UnsupportedError(
+                f"backward(create_graph=True) through {param.name}: the gradient of a gradient "
+                "cannot be spilled; use torch.autograd.grad for it"
+            )
+        if state is None:
+            self.set_grad(param, new)
+        else:
+            param.param.grad = GradHandle(state)
+            view = self.modify_grad(param)
+            if state.zero:
+                view.zero_()
+            for factor in state.factors:
+                view.mul_(factor)
+            view.add_(new)
+            state.zero = False
+            state.factors.clear()
+            state.norms.clear()
+        if not unit.arrived:
+            self._gradients(unit).locks += 1
+        unit.arrived.add(param)
+        if len(unit.arrived) >= unit.expected:
+            self.end_unit_backward(unit)
+
+    def set_grad(self, param: OffloadedParam, value: torch.Tensor) -> None:
+        """Make `value` the gradient of `param`."""
+        unit, slab = param.unit, self._gradients(param.unit)
+        self.settle(unit)
+        if slab.residency is not Residency.ABSENT and unit.grads_wanted():
+            self.mover.fetch(slab)
+            self.mover.settle(slab)
+            self.mover.mark_dirty(slab)
+        else:
+            self.mover.hold_new(slab)
+        param.view(slab).copy_(value)
+        param.param.grad = GradHandle(GradState(param))
+
+    def _gradients(self, unit: Unit) -> Slab:
+        if unit.grad_slab is None:
+            raise OffloadError(f"{unit.name} has no gradient slab (internal error)")
+        return unit.grad_slab
+
+    def end_unit_backward(self, unit: Unit) -> None:
+        """All gradients that this backward has for `unit` are in its slab."""
+        slab = unit.grad_slab
+        if unit.arrived and slab is not None:
+            slab.locks -= 1
+            if not slab.pinned:
+                for param in unit.arrived:
+                    state = param.grad_state
+                    if state is not None:
+                        state.note_norms(param.view(slab), self.norm_orders)
+                self.mover.write_back(slab)
+            unit.expected = len(unit.arrived)
+            unit.arrived = set()
+        if unit.in_backward:
+            unit.in_backward = False
+            self.in_backward.pop(unit, None)
+            unit.param_slab.locks -= 1
+        self._rest(unit)
+
+    def read_grad(self, param: OffloadedParam) -> torch.Tensor:
+        """Return the bytes of a gradient in the slab, to be read at once."""
+        slab = self._gradients(param.unit)
+        if slab.residency is Residency.ABSENT:
+            raise SpilledTensorError(f"the gradient of {param.name} no longer exists")
+        self.mover.fetch(slab)
+        return param.view(slab)
+
+    def modify_grad(self, param: OffloadedParam) -> torch.Tensor:
+        """Return the bytes of a gradient in the slab, to be changed at once."""
+        slab = self._gradients(param.unit)
+        self.settle(param.unit)  # an update in flight reads them
+        view = self.read_grad(param)
+        self.mover.settle(slab)
+        self.mover.mark_dirty(slab)
+        return view
+
+    # -- updates --------------------------------------------------------------------------------
+
+    def begin_update(self, unit: Unit, segments: list[_native.UpdateSegment]) -> None:
+        """Hand the unit to the update pipeline; see offload.optim for what segments are."""
+        self.settle(unit)
+        slabs = [unit.param_slab, self._gradients(unit), *self.moments(unit)]
+        for slab in slabs:
+            self.mover.settle(slab)
+        self.detach(unit)
+        operands = [self._operand(slab) for slab in slabs]
+        numel = unit.grad_bytes // 4
+        unit.update = self.pipeline.submit(numel, *operands, segments)
+        unit.version += 1
+        unit.update_locks = slabs
+        for slab in slabs:
+            slab.locks += 1
+        self.updating[unit] = None
+
+    def _operand(self, slab: Slab) -> _native.UpdateOperand:
+        if slab.residency is Residency.HOST and slab.lease is not None:
+            return _native.UpdateOperand.in_memory(slab.lease, slab.nbytes)
+        if slab.swap_object is None:
+            raise OffloadError(f"{slab.name} is neither in memory nor on disk (internal error)")
+        return _native.UpdateOperand.on_disk(slab.swap_object, slab.nbytes)
+
+    def in_order_of_use(self, units: list[Unit]) -> list[Unit]:
+        """Sort units by when they are needed next, as far as that is known."""
+        later = len(self.units) + LOOKAHEAD
+        position = {use.unit: i for i, use in reversed(list(enumerate(self.trace.future(LOOKAHEAD))))}
+        return sorted(units, key=lambda unit: (position.get(unit.index, later), unit.index))
+
+    def settle(self, unit: Unit) -> None:
+        """Finish the unit's pending update. Raises the update's error."""
+        if unit.update is None:
+            return
+        self.mover.wait(unit.update, "update")  # Ctrl-C here leaves it pending
+        unit.update = None
+        self.updating.pop(unit, None)
+        for slab in unit.update_locks:
+            slab.locks -= 1
+        slabs, unit.update_locks = unit.update_locks, []
+        for slab in (slabs[0], slabs[2], slabs[3]):
+            if slab.lease is not None:
+                self.mover.mark_dirty(slab)
+            else:
+                self.mover.mark_on_disk(slab)
+        if not unit.param_slab.pinned:
+            self.mover.write_back(unit.param_slab)
+
+    def flush(self) -> None:
+        """Finish all pending updates: afterwards everything is as after an eager step."""
+        for unit in list(self.updating):
+            self.settle(unit)
+
+    def _relieve(self) -> bool:
+        """Make a user of memory let go: an update by waiting, a backward by fetching again later."""
+        for unit in self.updating:
+            self.settle(unit)
+            return True
+        for unit in self.in_backward:
+            self.end_unit_backward_partially(unit)
+            return True
+        return False
+
+    # -- prefetch -------------------------------------------------------------------------------
+
+    def advance(self, use: Use) -> None:
+        """Record a use, and start reading what the next ones need."""
+        self.trace.record(use)
+        if self._streams:
+            self.look_ahead()
+
+    def look_ahead(self) -> None:
+        """Renew the mover's view of the future and start the reads it allows."""
+        wanted: list[tuple[Unit, Slab]] = []
+        next_use: dict[Slab, int] = {}
+        for position, use in enumerate(self.trace.future(LOOKAHEAD)):
+            unit = self.units[use.unit]
+            slabs = [unit.param_slab]
+            if use.phase is Phase.BACKWARD and unit.grad_slab is not None:
+                slabs.append(unit.grad_slab)
+            for slab in slabs:
+                if not slab.pinned and slab not in next_use:
+                    next_use[slab] = position
+                    wanted.append((unit, slab))
+        self.mover.next_use = next_use
+        for unit, slab in wanted:
+            if slab.lease is not None:
+                continue
+            if unit.update is not None:
+                if not unit.update.done():
+                    continue
+                self.settle(unit)
+            if slab is unit.grad_slab and not unit.grads_wanted():
+                continue
+            if not self.mover.prefetch(slab, next_use[slab]):
+                break
+
+    # -- interruption and the end ---------------------------------------------------------------
+
+    def recover(self) -> None:
+        """Forget who was using what: a forward or backward ended by an exception or Ctrl-C."""
+        self.scopes.clear()
+        for unit in self.units:
+            unit.param_slab.locks -= unit.forward_locks
+            unit.forward_locks = 0
+            self.end_unit_backward_partially(unit)
+
+    def end_unit_backward_partially(self, unit: Unit) -> None:
+        """End a backward in which not all gradients came; how many will come is not learnt."""
+        expected = unit.expected
+        self.end_unit_backward(unit)
+        unit.expected = expected
+
+    def end_backward(self) -> None:
+        """A whole backward pass is over."""
+        for unit in self.units:
+            if unit.in_backward or unit.arrived:
+                self.end_unit_backward(unit)
+
+    @contextmanager
+    def held(self, unit: Unit) -> Iterator[None]:
+        """Attach `unit` within a block, outside of any recorded use."""
+        unit.param_slab.locks += 1
+        unit.forward_locks += 1
+        try:
+            self.attach(unit)
+            yield
+        finally:
+            unit.param_slab.locks -= 1
+            unit.forward_locks -= 1
+            self._rest(unit)
+
+    def close(self) -> None:
+        """Finish what is pending and give everything back. Idempotent."""
+        if self.closed:
+            return
+        self.closed = True
+        self.pipeline.close()
+        if self.store is not None:
+            self.store.close()

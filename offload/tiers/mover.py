@@ -1,0 +1,256 @@
+"""Mover: alone copies bytes between tiers.
+
+Protocol of memory:
+ 1. memory for a slab comes from the arena, which is a hard budget. When it is full, slabs nobody
+    holds are given up, the one needed farthest in the future first (Belady), clean ones only.
+ 2. a prefetch never waits and never evicts what is needed sooner than what it brings.
+ 3. a demand waits: first for transfers in flight, then for dirty slabs that it sends to disk,
+    then for optimizer updates that hold slabs. Only when none of these is left does it raise.
+ 4. a slab is evicted by dropping the references to its memory. Memory that some tensor still
+    refers to returns to the arena when that tensor goes: it is never handed out twice.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from offload import _native
+from offload.errors import BudgetError, OffloadError
+from offload.tiers.slab import Residency, Slab
+
+NEVER = 1 << 60
+
+
+class Mover:
+    """Moves slabs between host memory and the swap store. Not thread-safe: the owner serialises."""
+
+    def __init__(
+        self,
+        home: _native.HostArena,
+        ring: _native.HostArena | None,
+        store: _native.SwapStore | None,
+    ) -> None:
+        """Move slabs between host memory and `store`.
+
+        Pinned slabs take memory of `home`, the others of `ring`: long-lived and short-lived memory
+        apart, the ring cannot fragment. Without a store nothing can be spilled.
+        """
+        self.home = home
+        self.ring = ring
+        self.store = store
+        self.next_use: dict[Slab, int] = {}
+        """Position of each slab's next use among the predicted uses; absent: beyond them."""
+        self.relieve: Callable[[], bool] = lambda: False
+        """Waits for one background user of slabs to end; False when there is none."""
+        self.evicting: Callable[[Slab], None] = lambda slab: None
+        """Told before a slab's memory is given up."""
+        self.stall_seconds: dict[str, float] = {}
+        self.misses = 0
+        self._spillable: dict[Slab, None] = {}  # unpinned slabs with memory, oldest first
+        self._pending: dict[Slab, None] = {}  # slabs with a transfer in flight
+
+    # -- what users of a slab call ------------------------------------------------------------
+
+    def hold_new(self, slab: Slab) -> None:
+        """Give `slab` memory to be filled by the caller; whatever it held is forgotten."""
+        self._finish(slab)
+        if slab.lease is None:
+            self._take_memory(slab)
+        slab.residency = Residency.HOST
+        slab.dirty = True
+
+    def fetch(self, slab: Slab) -> None:
+        """Have the current bytes of `slab` in memory; waits for the disk when they are not."""
+        if slab.residency is Residency.HOST and slab.pending is None:
+            return
+        if slab.pending is not None and not slab.pending_write:
+            self._finish(slab)
+            return
+        if slab.residency is Residency.HOST:
+            return  # being written: the bytes in memory stay valid
+        if slab.residency is Residency.ABSENT:
+            raise OffloadError(f"{slab.name} was needed before it was ever stored (internal error)")
+        self.misses += 1
+        self._take_memory(slab)
+        self._start_read(slab, demand=True)
+        self._finish(slab)
+
+    def prefetch(self, slab: Slab, use: int) -> bool:
+        """Start bringing `slab` to memory for use number `use` from now, if that is free of harm.
+
+        Returns False when there is no room that may be taken.
+        """
+        if slab.lease is not None or slab.residency is not Residency.DISK:
+            return True
+        lease = self._lease(slab.nbytes, farther_than=use)
+        if lease is None:
+            return False
+        slab.set_lease(lease)
+        self._spillable[slab] = None
+        self._start_read(slab, demand=False)
+        return True
+
+    def write_back(self, slab: Slab) -> None:
+        """Start writing a dirty slab; it stays in memory and is clean once that is done."""
+        if slab.pinned or not slab.dirty or slab.pending is not None:
+            return
+        if self.store is None or slab.swap_object is None or slab.lease is None:
+            raise OffloadError(f"{slab.name} has no place on disk (internal error)")
+        slab.pending = self.store.write(slab.swap_object, slab.lease, slab.nbytes)
+        slab.pending_write = True
+        self._pending[slab] = None
+
+    def settle(self, slab: Slab) -> None:
+        """Wait until no transfer of `slab` is in flight."""
+        self._finish(slab)
+
+    def mark_dirty(self, slab: Slab) -> None:
+        """The bytes in memory were changed; a copy on disk is no longer current."""
+        slab.dirty = True
+
+    def mark_on_disk(self, slab: Slab) -> None:
+        """The bytes on disk were replaced by somebody else; memory holds nothing."""
+        slab.residency = Residency.DISK
+        slab.dirty = False
+
+    def forget(self, slab: Slab) -> None:
+        """Give up the content, and the memory unless it is pinned."""
+        self._finish(slab)
+        slab.residency = Residency.ABSENT
+        slab.dirty = False
+        if not slab.pinned:
+            self._drop(slab)
+
+    def poll(self) -> None:
+        """Take note of transfers that are done. Raises the error of one that failed."""
+        for slab in list(self._pending):
+            if slab.pending is not None and slab.pending.done():
+                self._finish(slab)
+
+    def wait(self, transfer: _native.Transfer, why: str) -> None:
+        """Wait for `transfer`; the time counts as a stall for `why`."""
+        if transfer.done():
+            transfer.wait()
+            return
+        begun = time.perf_counter()
+        try:
+            transfer.wait()
+        finally:
+            spent = time.perf_counter() - begun
+            self.stall_seconds[why] = self.stall_seconds.get(why, 0.0) + spent
+
+    # -- memory ---------------------------------------------------------------------------------
+
+    def _take_memory(self, slab: Slab) -> None:
+        if slab.pinned:
+            slab.set_lease(self.home.allocate(slab.nbytes))
+            return
+        lease = self._lease(slab.nbytes, farther_than=None)
+        if lease is None:
+            raise self._no_room(slab)
+        slab.set_lease(lease)
+        self._spillable[slab] = None
+
+    def _lease(self, nbytes: int, farther_than: int | None) -> _native.Lease | None:
+        """Return memory, evicting for it; with `farther_than` set, without waiting or harm."""
+        if self.ring is None:
+            return None
+        self.poll()
+        while True:
+            lease = self.ring.try_allocate(nbytes)
+            if lease is not None:
+                return lease
+            victim = self._victim(farther_than)
+            if victim is not None:
+                self._evict(victim)
+            elif farther_than is not None:
+                return None
+            elif not (self._await_transfer() or self._send_dirty() or self.relieve()):
+                return None
+
+    def _victim(self, farther_than: int | None) -> Slab | None:
+        """The slab to give up: held by nobody, clean or unwanted, needed last."""
+        best, best_use = None, -1 if farther_than is None else farther_than
+        for slab in self._spillable:
+            if slab.locks or slab.pending is not None:
+                continue
+            if not slab.wanted:
+                return slab
+            use = self.next_use.get(slab, NEVER)
+            if not slab.dirty and use > best_use:
+                best, best_use = slab, use
+        return best
+
+    def _evict(self, slab: Slab) -> None:
+        self.evicting(slab)
+        if slab.wanted:
+            slab.residency = Residency.DISK
+        else:
+            slab.residency = Residency.ABSENT
+            slab.dirty = False
+        self._drop(slab)
+
+    def _drop(self, slab: Slab) -> None:
+        slab.drop_lease()
+        self._spillable.pop(slab, None)
+
+    def _await_transfer(self) -> bool:
+        """Wait for the oldest write in flight, or else read; False when there is none."""
+        slab = next((s for s in self._pending if s.pending_write), next(iter(self._pending), None))
+        if slab is None:
+            return False
+        self._finish(slab, why="room")
+        return True
+
+    def _send_dirty(self) -> bool:
+        """Start writing the dirty slab needed last; False when there is none."""
+        dirty = [s for s in self._spillable if s.dirty and not s.locks and s.pending is None]
+        if not dirty:
+            return False
+        self.write_back(max(dirty, key=lambda s: self.next_use.get(s, NEVER)))
+        return True
+
+    def _no_room(self, slab: Slab) -> BudgetError:
+        usage = self.ring.usage() if self.ring is not None else {}
+        held = [f"{s.name} ({s.nbytes} bytes)" for s in self._spillable if s.locks]
+        return BudgetError(
+            f"no room for {slab.name}: {slab.nbytes} bytes are needed, of {usage.get('budget', 0)} "
+            f"bytes for spilled tensors {usage.get('budget', 0) - usage.get('in_use', 0)} are free "
+            f"(longest range {usage.get('largest_free', 0)}); in use at this moment: "
+            f"{', '.join(held) or 'nothing'}; raise Budget(host=...)"
+        )
+
+    # -- transfers ------------------------------------------------------------------------------
+
+    def _start_read(self, slab: Slab, demand: bool) -> None:
+        if self.store is None or slab.swap_object is None or slab.lease is None:
+            raise OffloadError(f"{slab.name} has no place on disk (internal error)")
+        slab.pending = self.store.read(slab.swap_object, slab.lease, slab.nbytes, demand)
+        slab.pending_write = False
+        self._pending[slab] = None
+
+    def _finish(self, slab: Slab, why: str | None = None) -> None:
+        """Wait for the slab's transfer, if any, and take note of its outcome."""
+        transfer = slab.pending
+        if transfer is None:
+            return
+        was_write = slab.pending_write
+        interrupted = True
+        try:
+            self.wait(transfer, why or slab.kind)
+            interrupted = False
+        except OffloadError:
+            interrupted = False
+            if not was_write:
+                self._drop(slab)  # half-read bytes; the disk keeps its version
+            raise
+        finally:
+            if not interrupted:  # Ctrl-C leaves the transfer in flight, and noted as such
+                slab.pending = None
+                self._pending.pop(slab, None)
+        if was_write:
+            slab.dirty = False
+        else:
+            slab.residency = Residency.HOST
+            slab.dirty = False

@@ -1,0 +1,149 @@
+"""touch(): what happens when code uses a parameter whose bytes are not in memory.
+
+ 1. Questions about the parameter (shape, dtype, grad, hooks) are answered as they are.
+ 2. Inside the forward of a hooked module, its unit is fetched and stays until that module's
+    forward ends: this is how a weight used outside of its own module is found.
+ 3. Elsewhere its unit is fetched for the one call. Results that would share memory with the slab
+    are refused, since the slab may leave at any time; ``clone()`` is always possible.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_iter, tree_map
+
+from offload.errors import SpilledTensorError
+from offload.tiers.context import RuntimeContext
+from offload.tiers.unit import OffloadedParam, SpilledParameter, Unit
+from offload.trace import Phase
+
+_T = torch.Tensor
+
+
+def _attribute(name: str) -> list[Any]:
+    """The getter and setter functions of a tensor attribute, as torch functions see them."""
+    descriptor = getattr(_T, name)
+    return [f for f in (getattr(descriptor, "__get__", None), getattr(descriptor, "__set__", None))]
+
+
+_ABOUT = {
+    function
+    for name in (
+        "shape dtype device layout requires_grad grad grad_fn is_leaf names ndim itemsize nbytes "
+        "is_sparse is_cuda is_cpu is_meta is_quantized is_nested is_mkldnn is_mps is_xpu "
+        "_version _backward_hooks output_nr retains_grad volatile name"
+    ).split()
+    if hasattr(_T, name)
+    for function in _attribute(name)
+} | {
+    getattr(_T, name)
+    for name in (
+        "size dim numel nelement element_size is_floating_point is_complex is_signed "
+        "requires_grad_ register_hook register_post_accumulate_grad_hook __len__ __hash__ "
+        "is_shared get_device type _is_view is_inference has_names is_conj is_neg"
+    ).split()
+    if hasattr(_T, name)
+}
+_ABOUT |= {torch.numel, torch.is_floating_point, torch.is_complex, torch.is_conj, torch.is_same_size}
+
+_NEEDS_MEMORY = {
+    function: name
+    for name in ("data_ptr", "storage", "untyped_storage", "_typed_storage", "share_memory_")
+    for function in [getattr(_T, name)]
+}
+
+
+def touch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run the torch function `func` on arguments among which are spilled parameters.
+
+    Raises:
+        SpilledTensorError: the result would be memory of the slab, or `func` replaces the data.
+    """
+    if func in _ABOUT:
+        return _plainly(func, args, kwargs)
+    params = {
+        value._offloaded: None
+        for value in tree_iter((args, kwargs))
+        if isinstance(value, SpilledParameter)
+    }
+    first = next(iter(params))
+    if func is _T.stride:
+        return _of_strides(first, args, kwargs)
+    if func is _T.is_contiguous:
+        return torch.empty_strided(first.shape, first.stride, device="meta").is_contiguous()
+    with first.context.lock:
+        return _fetched(first.context, func, list(params), args, kwargs)
+
+
+def _plainly(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    with torch._C.DisableTorchFunctionSubclass():
+        return func(*args, **kwargs)
+
+
+def _of_strides(param: OffloadedParam, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    meta = torch.empty_strided(param.shape, param.stride, device="meta")
+    return meta.stride(*args[1:], **kwargs)
+
+
+def _fetched(
+    context: RuntimeContext,
+    func: Any,
+    params: list[OffloadedParam],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    units = list({param.unit: None for param in params})
+    if context.scopes:
+        for unit in units:
+            context.acquire(unit, Phase.FORWARD)
+            context.scopes[-1].append(unit)
+        return func(*args, **kwargs)
+    names = ", ".join(param.name for param in params)
+    stays = all(unit.param_slab.pinned for unit in units)
+    if not stays and func in _NEEDS_MEMORY or func is _T.data.__set__:  # type: ignore[attr-defined]
+        raise _refused(func, names)
+    with _all_held(context, units), context.saved_hooks():
+        result = func(*args, **kwargs)
+        if stays:
+            return result
+        return tree_map(lambda value: _own_memory(context, units, func, names, value), result)
+
+
+class _all_held:  # noqa: N801  (a context manager, used as a function)
+    """Hold several units for one call."""
+
+    def __init__(self, context: RuntimeContext, units: list[Unit]) -> None:
+        self._managers = [context.held(unit) for unit in units]
+
+    def __enter__(self) -> None:
+        for manager in self._managers:
+            manager.__enter__()
+
+    def __exit__(self, *exc: Any) -> None:
+        for manager in reversed(self._managers):
+            manager.__exit__(*exc)
+
+
+def _own_memory(
+    context: RuntimeContext, units: list[Unit], func: Any, names: str, value: Any
+) -> Any:
+    """Return `value` if it has memory of its own; refuse, or copy while reading out, if not."""
+    if not isinstance(value, torch.Tensor) or isinstance(value, torch.nn.Parameter):
+        return value
+    pointers = {unit.param_slab.base.data_ptr() for unit in units if unit.param_slab.base is not None}
+    if value.untyped_storage().data_ptr() not in pointers:
+        return value
+    if context.reading_out:
+        return value.detach().clone()
+    raise _refused(func, names)
+
+
+def _refused(func: Any, names: str) -> SpilledTensorError:
+    what = getattr(func, "__name__", str(func))
+    return SpilledTensorError(
+        f"{what} on {names}: the parameter is spilled, and this would return or replace memory "
+        "that is given up again at once; read a copy with .clone(), or change the parameter in "
+        "place under torch.no_grad()"
+    )

@@ -1,0 +1,151 @@
+"""Unit: parameters that are fetched and released together; OffloadedParam: one of them."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from offload.tiers.grad_handle import GradHandle, GradState
+from offload.tiers.slab import Slab
+
+if TYPE_CHECKING:
+    from offload import _native
+    from offload.tiers.context import RuntimeContext
+
+ALIGNMENT = 64
+"""Parameters start at multiples of this many bytes in a slab: a cache line, any vector width."""
+
+
+class SpilledParameter(torch.nn.Parameter):
+    """The class of a parameter while its bytes are not in memory.
+
+    Any torch function on it is handed to its context, which fetches the bytes for the call or
+    raises. The parameter is the same object all the time: only its class and ``.data`` change.
+    """
+
+    _offloaded: OffloadedParam
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run `func` with the spilled parameters among its arguments brought to memory."""
+        from offload.tiers.touch import touch
+
+        return touch(func, args, kwargs or {})
+
+
+class OffloadedParam:
+    """Identity of one parameter: its object, its layout, its place in the unit's slabs.
+
+    Attributes:
+        name: its qualified name in the model.
+        shape, stride, dtype: of the parameter; a stride that is not dense became contiguous.
+        offset: bytes from the start of the parameter slab, and of the gradient slab if trainable.
+        trainable: whether it required a gradient when the model was wrapped.
+    """
+
+    context: RuntimeContext  # set when the model is taken over
+
+    def __init__(self, param: torch.nn.Parameter, name: str) -> None:
+        """Describe `param` as it is now."""
+        self.param = param
+        self.name = name
+        self.unit: Unit
+        self.shape = tuple(param.shape)
+        self.dtype = param.dtype
+        self.stride = tuple(param.stride() if _is_dense(param) else _contiguous_stride(param.shape))
+        self.nbytes = param.numel() * param.dtype.itemsize
+        self.offset = 0
+        self.trainable = param.requires_grad
+        self.placeholder = _scalar(param.dtype).expand(self.shape)
+        self.accumulate_grad: Any = None  # keeps the node, and with it our hook, alive
+
+    def view(self, slab: Slab) -> torch.Tensor:
+        """Return this parameter's part of one of its unit's slabs."""
+        return slab.view(self.offset, self.shape, self.stride, self.dtype)
+
+    @property
+    def grad_state(self) -> GradState | None:
+        """The gradient in the slab, None when there is none."""
+        grad = self.param.grad
+        return grad._state if isinstance(grad, GradHandle) else None
+
+
+class Unit:
+    """Parameters that move together, their slabs, and who uses them at the moment.
+
+    Attributes:
+        forward_locks: modules in forward that use it.
+        in_backward: its backward has begun and not all of its gradients have arrived.
+        attached: its parameters' ``.data`` are the slab's memory.
+        update: the optimizer update in flight, if any.
+        version: counts changes of its values.
+        arrived: parameters whose gradient of this backward is in the slab.
+        expected: how many arrived in the last complete backward.
+        seen_version: sum of the parameters' own version counters when they were attached.
+    """
+
+    def __init__(self, index: int, name: str, params: list[OffloadedParam]) -> None:
+        """Lay `params` out in slabs: the trainable ones first, so that gradients are a prefix."""
+        self.index = index
+        self.name = name
+        self.params = sorted(params, key=lambda p: not p.trainable)
+        offset = trained = 0
+        for param in self.params:
+            param.unit = self
+            param.offset = offset
+            offset = _align(offset + param.nbytes)
+            trained = offset if param.trainable else trained
+        self.param_bytes = offset
+        self.grad_bytes = trained
+        self.param_slab: Slab
+        self.grad_slab: Slab | None = None
+        self.moments: tuple[Slab, Slab] | None = None
+        self.forward_locks = 0
+        self.in_backward = False
+        self.attached = False
+        self.update: _native.Transfer | None = None
+        self.update_locks: list[Slab] = []
+        self.version = 0
+        self.arrived: set[OffloadedParam] = set()
+        self.expected = sum(p.trainable for p in self.params)
+        self.seen_version = 0
+
+    @property
+    def trainable(self) -> list[OffloadedParam]:
+        """The parameters that have gradients."""
+        return [p for p in self.params if p.trainable]
+
+    def grads_wanted(self) -> bool:
+        """Whether any gradient in the slab still stands behind a ``p.grad``."""
+        return any(p.param.grad is not None for p in self.params if p.trainable)
+
+
+def _align(offset: int) -> int:
+    return math.ceil(offset / ALIGNMENT) * ALIGNMENT
+
+
+def _is_dense(tensor: torch.Tensor) -> bool:
+    """Whether the strides of `tensor` are a permutation of contiguous ones."""
+    expected = 1
+    for size, stride in sorted(zip(tensor.shape, tensor.stride(), strict=True), key=lambda x: x[1]):
+        if size == 1:
+            continue
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def _contiguous_stride(shape: torch.Size) -> tuple[int, ...]:
+    stride, step = [], 1
+    for size in reversed(shape):
+        stride.append(step)
+        step *= size
+    return tuple(reversed(stride))
+
+
+def _scalar(dtype: torch.dtype) -> torch.Tensor:
+    """NaN, where the type has one: what code that bypasses torch functions would compute with."""
+    return torch.tensor(math.nan if dtype.is_floating_point or dtype.is_complex else 0, dtype=dtype)

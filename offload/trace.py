@@ -1,0 +1,92 @@
+"""AccessTrace: the recorded order of unit uses, and what it says comes next.
+
+A use is (unit, phase). The trace keeps the recent history and a cursor into its past: the place
+where the same uses happened before. What followed there is the prediction. Training loops repeat
+themselves (per micro-batch and per step), so from the second pass on the future is known; where a
+program leaves the record the cursor is looked up again, first by the last two uses, then by the
+last one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+
+
+class Phase(Enum):
+    """In which half of a training step a unit is used."""
+
+    FORWARD = "forward"
+    BACKWARD = "backward"
+
+
+@dataclass(frozen=True)
+class Use:
+    """One use of a unit: its index in the plan, and the phase."""
+
+    unit: int
+    phase: Phase
+
+
+class AccessTrace:
+    """Records uses and predicts the next ones. Not thread-safe: the owner serialises."""
+
+    def __init__(self, capacity: int = 32768) -> None:
+        """Keep at least `capacity` // 2 of the most recent uses."""
+        self._capacity = capacity
+        self._history: list[Use] = []
+        self._cursor: int | None = None
+        self._after_one: dict[Use, int] = {}
+        self._after_two: dict[tuple[Use, Use], int] = {}
+        self.recorded = 0
+        self.mispredicted = 0
+
+    def record(self, use: Use) -> None:
+        """Append `use` and move the cursor to where it happened before."""
+        history = self._history
+        previous = history[-1] if history else None
+        expected = self._expected()
+        if expected is not None and history[expected] == use:
+            cursor: int | None = expected
+        else:
+            if expected is not None:
+                self.mispredicted += 1
+            cursor = self._after_one.get(use)
+            if previous is not None:
+                cursor = self._after_two.get((previous, use), cursor)
+        index = len(history)
+        history.append(use)
+        self.recorded += 1
+        self._cursor = cursor
+        self._after_one[use] = index
+        if previous is not None:
+            self._after_two[(previous, use)] = index
+        if len(history) >= self._capacity:
+            self._forget_older_half()
+
+    def future(self, limit: int) -> Iterator[Use]:
+        """Yield up to `limit` predicted uses, nearest first; none before anything repeated."""
+        if self._cursor is None:
+            return
+        history = self._history
+        first = self._cursor + 1
+        period = len(history) - first
+        if period <= 0:
+            return
+        for step in range(limit):
+            yield history[first + step % period]
+
+    def _expected(self) -> int | None:
+        """Index in the history of the use that is predicted next."""
+        if self._cursor is None:
+            return None
+        following = self._cursor + 1
+        return following if following < len(self._history) else None
+
+    def _forget_older_half(self) -> None:
+        drop = len(self._history) // 2
+        self._history = self._history[drop:]
+        self._cursor = None if self._cursor is None or self._cursor < drop else self._cursor - drop
+        self._after_one = {u: i - drop for u, i in self._after_one.items() if i >= drop}
+        self._after_two = {u: i - drop for u, i in self._after_two.items() if i >= drop}
