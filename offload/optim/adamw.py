@@ -9,7 +9,7 @@ import torch
 from torch.optim import Optimizer
 
 from offload import _native
-from offload.errors import UnsupportedError
+from offload.errors import OffloadError, UnsupportedError
 from offload.optim.aten_rounding import aten_rounding
 from offload.optim.dense import update_dense
 from offload.tiers.context import RuntimeContext
@@ -53,40 +53,34 @@ class AdamW(Optimizer):
         fused: bool | None = None,
     ) -> None:
         """Check the arguments; state is made at the first step."""
-        for name, value in (
-            ("amsgrad", amsgrad),
-            ("capturable", capturable),
-            ("differentiable", differentiable),
-        ):
-            if value:
-                raise UnsupportedError(f"offload.AdamW does not support {name}=True")
         defaults = {
             "lr": lr,
             "betas": betas,
             "eps": eps,
             "weight_decay": weight_decay,
-            "amsgrad": False,
+            "amsgrad": amsgrad,
             "maximize": maximize,
             "foreach": foreach,
-            "capturable": False,
-            "differentiable": False,
+            "capturable": capturable,
+            "differentiable": differentiable,
             "fused": fused,
             "decoupled_weight_decay": True,
         }
-        self._rounding = aten_rounding()
+        _refuse_options(defaults)
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters; see ``torch.optim.Optimizer.add_param_group``."""
-        group = {**self.defaults, **param_group} if hasattr(self, "defaults") else param_group
+        group = {**self.defaults, **param_group}
+        _refuse_options(group)
         _check_hyperparameters(group)
         super().add_param_group(param_group)
         for param in self.param_groups[-1]["params"]:
             if param.dtype is not torch.float32 or param.device.type != "cpu":
                 self.param_groups.pop()
                 raise UnsupportedError(
-                    f"offload.AdamW updates float32 parameters on the CPU; got one of {param.dtype} "
-                    f"on {param.device} with shape {tuple(param.shape)}"
+                    "offload.AdamW updates float32 parameters on the CPU; got one of "
+                    f"{param.dtype} on {param.device} with shape {tuple(param.shape)}"
                 )
 
     @overload
@@ -121,7 +115,7 @@ class AdamW(Optimizer):
                 hyper = self._hyper(group, state["step"].item())
                 owner = getattr(param, "_offloaded", None)
                 if owner is None:
-                    update_dense(hyper, param, state)
+                    update_dense(hyper, param, param.grad, state)
                 else:
                     units = offloaded.setdefault(owner.context, {})
                     units.setdefault(owner.unit, []).append(_segment(owner, hyper))
@@ -153,7 +147,14 @@ class AdamW(Optimizer):
                 del self.state[owner.param]["exp_avg"], self.state[owner.param]["exp_avg_sq"]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what ``state_dict`` of this class or of ``torch.optim.AdamW`` returned."""
+        """Load what ``state_dict`` of this class or of ``torch.optim.AdamW`` returned.
+
+        Raises:
+            UnsupportedError: it is of an optimizer with an option that is refused here; nothing
+                was loaded.
+        """
+        for group in state_dict["param_groups"]:
+            _refuse_options(group)
         super().load_state_dict(state_dict)
         for owner in self._offloaded_params():
             state = self.state[owner.param]
@@ -181,25 +182,44 @@ class AdamW(Optimizer):
 
     def _hyper(self, group: dict[str, Any], step: float) -> _native.AdamWHyper:
         beta1, beta2 = group["betas"]
+        lr, weight_decay = _as_torch_rounds(group["lr"], group["weight_decay"], 1 - beta1**step)
         return _native.AdamWHyper(
-            lr=float(group["lr"]),
+            lr=lr,
             beta1=float(beta1),
             beta2=float(beta2),
             eps=group["eps"],
-            weight_decay=group["weight_decay"],
+            weight_decay=weight_decay,
             step=step,
             maximize=group["maximize"],
-            rounding=self._rounding,
+            rounding=aten_rounding(),
         )
+
+
+def _as_torch_rounds(
+    lr: float | torch.Tensor, weight_decay: float, bias_correction: float
+) -> tuple[float, float]:
+    """Return the lr and the weight decay that give torch's bits in fp64.
+
+    With a tensor as lr, torch rounds what it computes from it to that tensor's dtype: the decay
+    ``1 - lr * weight_decay`` and the step ``lr / bias_correction``. What is returned leads to the
+    same two numbers.
+    """
+    if not isinstance(lr, torch.Tensor) or lr.dtype is torch.float64:
+        return float(lr), weight_decay
+    decay = float(1 - lr * weight_decay)
+    exact = float(lr / bias_correction) * bias_correction
+    return exact, (1 - decay) / exact if exact else 0.0
 
 
 def _segment(owner: OffloadedParam, hyper: _native.AdamWHyper) -> _native.UpdateSegment:
     grad = owner.param.grad
     if not isinstance(grad, GradHandle):  # the user assigned a tensor of their own
-        assert grad is not None
+        if grad is None:
+            raise OffloadError(f"{owner.name} has no gradient to update by (internal error)")
         owner.context.set_grad(owner, grad)
     state = owner.grad_state
-    assert state is not None
+    if state is None:
+        raise OffloadError(f"the gradient of {owner.name} was not taken over (internal error)")
     if state.zero:
         state.store(state.materialize())
     begin = owner.offset // 4
@@ -207,8 +227,16 @@ def _segment(owner: OffloadedParam, hyper: _native.AdamWHyper) -> _native.Update
     return _native.UpdateSegment(begin, end, hyper, state.factor_values())
 
 
+def _refuse_options(group: dict[str, Any]) -> None:
+    for name in ("amsgrad", "capturable", "differentiable"):
+        if group.get(name):
+            raise UnsupportedError(f"offload.AdamW does not support {name}=True")
+
+
 def _check_hyperparameters(group: dict[str, Any]) -> None:
     beta1, beta2 = group["betas"]
+    if isinstance(group["lr"], torch.Tensor) and group["lr"].numel() != 1:
+        raise ValueError(f"offload.AdamW: invalid lr: {group['lr']}; expected one element")
     for name, value, holds in (
         ("lr", group["lr"], group["lr"] >= 0),
         ("eps", group["eps"], group["eps"] >= 0),

@@ -73,8 +73,16 @@ def _native_step(
 ) -> list[bytes]:
     param, grad, exp_avg, exp_avg_sq = (t.clone() for t in inputs)
     hyper = _native.AdamWHyper(1.0, 0.9, 0.999, 0.0, 0.0, 100.0, False, rounding)
-    pointers = [t.data_ptr() for t in (param, grad, exp_avg, exp_avg_sq)]
-    _native.adamw_update(hyper, [], *pointers, _SAMPLE, isa)
+    _native.adamw_update(
+        hyper,
+        [],
+        param.data_ptr(),
+        grad.data_ptr(),
+        exp_avg.data_ptr(),
+        exp_avg_sq.data_ptr(),
+        _SAMPLE,
+        isa,
+    )
     return [_bits(t) for t in (param, exp_avg, exp_avg_sq)]
 
 

@@ -9,15 +9,17 @@ import torch
 from offload import _native
 
 
-def update_dense(hyper: _native.AdamWHyper, param: torch.Tensor, state: dict[str, Any]) -> None:
-    """Update `param` (fp32, any strides) in place by its ``.grad``; moments are made in `state`."""
+def update_dense(
+    hyper: _native.AdamWHyper, param: torch.Tensor, grad: torch.Tensor, state: dict[str, Any]
+) -> None:
+    """Update `param` in place by `grad` (both fp32, any strides); moments are made in `state`."""
     if "exp_avg" not in state:
         state["exp_avg"] = torch.zeros_like(param, memory_format=torch.preserve_format)
         state["exp_avg_sq"] = torch.zeros_like(param, memory_format=torch.preserve_format)
-    assert param.grad is not None
-    operands = [param.detach(), param.grad.detach(), state["exp_avg"], state["exp_avg_sq"]]
+    operands = [param.detach(), grad.detach(), state["exp_avg"], state["exp_avg_sq"]]
     if all(_same_dense_layout(t, operands[0]) for t in operands):
         _update(hyper, operands)
+        torch.autograd.graph.increment_version(param)  # saved tensors are checked by it
         return
     copies = [t.contiguous() for t in operands]
     _update(hyper, copies)

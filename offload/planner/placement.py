@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from offload.errors import BudgetError
 from offload.planner.spec import Placement, Plan, UnitSpec
 
-# Of a disk whose rates were not measured: written bytes take this fraction of the time of read ones.
+# Of a disk whose rates were not measured: time of a written byte, as a fraction of a read one's.
 _WRITE_TIME = 0.5
 
 STAGING_SET_BYTES = 4 << 20
@@ -35,7 +35,7 @@ def smallest_budget(units: Sequence[UnitSpec], swap: bool) -> int:
     spilled = (
         _nested_bytes(units)
         + _LEAST_STAGING_SETS * STAGING_SET_BYTES
-        + _least_ring([u for u in units if not u.nested])
+        + _least_ring(units)
     )
     return min(everything, spilled)
 
@@ -63,7 +63,7 @@ def place(units: Sequence[UnitSpec], budget_bytes: int, swap: bool) -> Plan:
     flat = [u for u in units if not u.nested]
     values = sum(u.param_bytes + u.grad_bytes for u in flat)
     left = budget_bytes - _nested_bytes(units) - staging_sets * STAGING_SET_BYTES
-    if left < _least_ring(flat):
+    if left < _least_ring(units):
         staging_sets = _LEAST_STAGING_SETS
         left = budget_bytes - _nested_bytes(units) - staging_sets * STAGING_SET_BYTES
     largest = max(_largest(units))
@@ -71,7 +71,7 @@ def place(units: Sequence[UnitSpec], budget_bytes: int, swap: bool) -> Plan:
         ring, pins = largest, {(i, kind) for i in range(len(units)) for kind in ("param", "grad")}
         left -= values + largest
     else:
-        ring = max(_least_ring(flat), min(_good_ring(flat), left // 2))
+        ring = max(_least_ring(units), min(_good_ring(flat), left // 2))
         pins, left = _pin_values(units, left - ring)
         ring += left
         left = 0
@@ -109,10 +109,11 @@ def _least_ring(units: Sequence[UnitSpec]) -> int:
     """Bytes in which the largest unit can be used wherever another slab lies.
 
     At the most one other slab is held while one is placed; around it, one of two gaps has half of
-    what is left. Hence both slabs of the largest unit, and the larger of them once more.
+    what is left. Hence both slabs of the largest unit, and the larger of them once more. Nested
+    units have no slabs there, but their optimizer state is read out through it.
     """
-    params, grads = _largest(units)
-    return params + grads + max(params, grads)
+    params, grads = _largest([u for u in units if not u.nested])
+    return max(params + grads + max(params, grads), _largest(units)[1])
 
 
 def _good_ring(units: Sequence[UnitSpec]) -> int:

@@ -1,8 +1,8 @@
 """Saved-tensor hooks: autograd must not keep a slab's memory alive.
 
 Within the forward of a wrapped model every tensor that autograd saves and that lies in a parameter
-slab (a weight, a view such as ``weight.t()``) is replaced by a reference (unit, offset, shape,
-stride); the backward fetches the unit again. Other tensors pass through to the hooks that were
+slab (a weight, a view such as ``weight.t()``) is replaced by a reference (parameter, offset, shape,
+stride); the backward fetches its unit again. Other tensors pass through to the hooks that were
 active before, such as those of activation checkpointing, or are kept as they are.
 """
 
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from offload.tiers.context import RuntimeContext
-from offload.tiers.unit import Unit
+from offload.tiers.unit import OffloadedParam
 
 Pack = Callable[[torch.Tensor], Any]
 Unpack = Callable[[Any], torch.Tensor]
@@ -24,7 +24,7 @@ Unpack = Callable[[Any], torch.Tensor]
 
 @dataclass(frozen=True)
 class _SlabReference:
-    unit: Unit
+    param: OffloadedParam
     version: int
     offset: int  # in elements
     shape: tuple[int, ...]
@@ -92,12 +92,12 @@ class SavedTensorHooks:
     def _reference(self, tensor: torch.Tensor) -> _SlabReference | None:
         if tensor.layout is not torch.strided or type(tensor) not in _PLAIN:
             return None
-        unit = self._context.by_pointer.get(tensor.untyped_storage().data_ptr())
-        if unit is None:
+        param = self._context.by_pointer.get(tensor.untyped_storage().data_ptr())
+        if param is None:
             return None
         return _SlabReference(
-            unit,
-            unit.version,
+            param,
+            param.unit.version,
             tensor.storage_offset(),
             tuple(tensor.shape),
             tensor.stride(),
@@ -118,7 +118,7 @@ class SavedTensorHooks:
         return self._fetch(packed)
 
     def _fetch(self, reference: _SlabReference) -> torch.Tensor:
-        unit = reference.unit
+        unit = reference.param.unit
         context = self._context
         with context.lock:
             if unit.version != reference.version:
@@ -130,10 +130,10 @@ class SavedTensorHooks:
             self._on_backward()
             context.begin_backward(unit)
             context.attach(unit)
-            base = unit.param_slab.view(0, (unit.param_bytes,), (1,), torch.uint8)
-            return base.view(reference.dtype).as_strided(
-                reference.shape, reference.stride, reference.offset
-            )
+            whole = reference.param.view(unit.param_slab)
+            if whole.dtype is not reference.dtype:
+                whole = whole.view(reference.dtype)
+            return whole.as_strided(reference.shape, reference.stride, reference.offset)
 
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)

@@ -30,9 +30,9 @@ def add_state_dict_hooks(model: nn.Module, context: RuntimeContext) -> list[Remo
                 "use assign=False"
             )
 
-    for module in model.modules():
+    for module in model.modules():  # torch does not type these three
         if any(True for _ in module.parameters(recurse=False)):
-            handles.append(module.register_state_dict_pre_hook(begin))
-            handles.append(module._register_state_dict_hook(end))
-            handles.append(module.register_load_state_dict_pre_hook(before_load))
+            handles.append(module.register_state_dict_pre_hook(begin))  # type: ignore[no-untyped-call]
+            handles.append(module._register_state_dict_hook(end))  # type: ignore[no-untyped-call]
+            handles.append(module.register_load_state_dict_pre_hook(before_load))  # type: ignore[no-untyped-call]
     return handles

@@ -79,6 +79,7 @@ class WrappedModel:
         self._handles += add_state_dict_hooks(self.model, self.context)
         for module in self.model.modules():
             module.__dict__["_apply"] = _refuse_conversion(module)
+        self.model.__dict__.update(_REFUSED)
 
     def unwrap(self) -> None:
         """Give the model ordinary tensors again, with current values; gradients become tensors."""
@@ -97,6 +98,8 @@ class WrappedModel:
             handle.remove()
         for module in self.model.modules():
             module.__dict__.pop("_apply", None)
+        for name in _REFUSED:
+            self.model.__dict__.pop(name, None)
         self.context.close()
 
     def _restore(self) -> None:
@@ -106,7 +109,7 @@ class WrappedModel:
                 copies = [param.view(unit.param_slab).clone() for param in unit.params]
             for param, copy in zip(unit.params, copies, strict=True):
                 if type(param.param) is SpilledParameter:
-                    param.param.__class__ = nn.Parameter
+                    param.param.__class__ = nn.Parameter  # type: ignore[assignment]
                 param.param.grad = None
                 param.param.data = copy
                 del param.param._offloaded  # type: ignore[attr-defined]
@@ -142,16 +145,6 @@ class WrappedModel:
         notes = [f"I/O engine: {store.engine} ({store.engine_reason})"]
         return (*notes, store.note) if store.note else tuple(notes)
 
-    def __deepcopy__(self, memo: Any) -> NoReturn:
-        """Refuse: the copy would share the original's slabs."""
-        raise UnsupportedError("an offloaded model cannot be copied; copy it before offload.wrap()")
-
-    def __reduce__(self) -> NoReturn:
-        """Refuse: swap files and hooks cannot be pickled."""
-        raise UnsupportedError(
-            "an offloaded model cannot be pickled; save model.state_dict(), or offload.unwrap() it"
-        )
-
 
 def _lay_out(found: Discovery) -> tuple[list[Unit], list[UnitSpec]]:
     units, specs = [], []
@@ -171,7 +164,8 @@ def _pages(nbytes: int) -> int:
 def _make_context(policy: Policy, plan: Plan) -> RuntimeContext:
     store = None
     if plan.spills:
-        assert policy.swap_path is not None  # place() refused otherwise
+        if policy.swap_path is None:
+            raise OffloadError("the plan spills without a swap directory (internal error)")
         _check_directory(policy.swap_path)
         store = _native.SwapStore(policy.swap_path, policy.io_engine, policy.queue_depth)
         block = _native.SwapStore.block_bytes
@@ -196,10 +190,24 @@ def _make_context(policy: Policy, plan: Plan) -> RuntimeContext:
 
 
 def _check_directory(path: str) -> None:
-    if not os.path.isdir(path):
+    if not Path(path).is_dir():
         raise SwapSpaceError(
             2, f"Policy(swap_dir={path!r}) is not a directory; create it on the disk to spill to"
         )
+
+
+def _refuse_copy(memo: Any) -> NoReturn:
+    raise UnsupportedError("an offloaded model cannot be copied; copy it before offload.wrap()")
+
+
+def _refuse_pickle(protocol: Any) -> NoReturn:
+    raise UnsupportedError(
+        "an offloaded model cannot be pickled; save model.state_dict(), or offload.unwrap() it"
+    )
+
+
+_REFUSED = {"__deepcopy__": _refuse_copy, "__reduce_ex__": _refuse_pickle}
+"""Put on the wrapped model itself: a copy would share the original's slabs and hooks."""
 
 
 def _refuse_conversion(module: nn.Module) -> Callable[..., nn.Module]:

@@ -61,7 +61,8 @@ class RuntimeContext:
         self.in_backward: dict[Unit, None] = {}
         self.scopes: list[list[Unit]] = []
         self.norm_orders: set[float] = set()
-        self.by_pointer: dict[int, Unit] = {}
+        self.by_pointer: dict[int, OffloadedParam] = {}
+        """Attached parameters by the address of their memory."""
         self.reading_out = False
         self.saved_hooks: Callable[[], AbstractContextManager[None]] = nullcontext
         self.closed = False
@@ -82,9 +83,9 @@ class RuntimeContext:
         for param in unit.params:
             param.view(unit.param_slab).copy_(param.param.detach())
             param.param._offloaded = param  # type: ignore[attr-defined]
-            self._point(param, param.view(unit.param_slab))
+            self._point(param)
         unit.attached = True
-        self._note_attached(unit)
+        self._note_version(unit)
         if not placement.pin_params:
             self.detach(unit)
             self.mover.write_back(unit.param_slab)
@@ -98,8 +99,7 @@ class RuntimeContext:
             if pinned:
                 for slab in (first, second):
                     self.mover.hold_new(slab)
-                    if slab.base is not None:
-                        slab.base.zero_()
+                    slab.zero()
             unit.moments = (first, second)
         return unit.moments
 
@@ -112,8 +112,7 @@ class RuntimeContext:
         slab = self.moments(param.unit)[which]
         if slab.residency is Residency.ABSENT:
             self.mover.hold_new(slab)
-            if slab.base is not None:
-                slab.base.zero_()
+            slab.zero()
         self.mover.fetch(slab)
         self.mover.settle(slab)
         self.mover.mark_dirty(slab)
@@ -136,19 +135,17 @@ class RuntimeContext:
         self.settle(unit)
         self.mover.fetch(unit.param_slab)
         for param in unit.params:
-            self._point(param, param.view(unit.param_slab))
+            self._point(param)
         unit.attached = True
-        self._note_attached(unit)
+        self._note_version(unit)
 
     def detach(self, unit: Unit) -> None:
         """Make the unit's parameters placeholders again; the slab stays as it is."""
         if not unit.attached:
             return
         self._note_changes(unit)
-        base = unit.param_slab.base
-        if base is not None:
-            self.by_pointer.pop(base.data_ptr(), None)
         for param in unit.params:
+            self.by_pointer.pop(param.view(unit.param_slab).data_ptr(), None)
             param.param.data = param.placeholder
             param.param.__class__ = SpilledParameter
         unit.attached = False
@@ -179,21 +176,23 @@ class RuntimeContext:
         if unit.update is None:
             self.mover.write_back(unit.param_slab)
 
-    def _point(self, param: OffloadedParam, view: torch.Tensor) -> None:
+    def _point(self, param: OffloadedParam) -> None:
+        view = param.view(param.unit.param_slab)
         if type(param.param) is SpilledParameter:
-            param.param.__class__ = torch.nn.Parameter
+            param.param.__class__ = torch.nn.Parameter  # type: ignore[assignment]
         param.param.data = view
+        self.by_pointer[view.data_ptr()] = param
 
-    def _note_attached(self, unit: Unit) -> None:
-        base = unit.param_slab.base
-        if base is not None:
-            self.by_pointer[base.data_ptr()] = unit
+    def _note_version(self, unit: Unit) -> None:
         unit.seen_version = sum(p.param._version for p in unit.params)
 
     def _note_changes(self, unit: Unit) -> None:
-        """See whether the user changed the parameters in place while they were attached."""
+        """See whether the user changed the parameters while they were attached."""
         version = sum(p.param._version for p in unit.params)
-        if version != unit.seen_version:
+        replaced = [p for p in unit.params if p.param.data_ptr() != p.view(unit.param_slab).data_ptr()]
+        for param in replaced:  # by assigning to .data
+            param.view(unit.param_slab).copy_(param.param.data)
+        if replaced or version != unit.seen_version:
             unit.seen_version = version
             unit.version += 1
             self.mover.mark_dirty(unit.param_slab)
@@ -215,6 +214,8 @@ class RuntimeContext:
     def accumulate(self, param: OffloadedParam, new: torch.Tensor, state: GradState | None) -> None:
         """Add `new` to the gradient `state` of `param` (None: there is none yet)."""
         unit = param.unit
+        if new.layout is not torch.strided:
+            raise UnsupportedError(f"{param.name}: sparse gradients cannot be offloaded")
         if new.requires_grad:
             raise UnsupportedError(
                 f"backward(create_graph=True) through {param.name}: the gradient of a gradient "
@@ -241,6 +242,11 @@ class RuntimeContext:
 
     def set_grad(self, param: OffloadedParam, value: torch.Tensor) -> None:
         """Make `value` the gradient of `param`."""
+        if not param.trainable:
+            raise UnsupportedError(
+                f"{param.name} has a gradient but did not require one when the model was wrapped; "
+                "offload.unwrap() and wrap the model again"
+            )
         unit, slab = param.unit, self._gradients(param.unit)
         self.settle(unit)
         if slab.residency is not Residency.ABSENT and unit.grads_wanted():

@@ -4,7 +4,8 @@ A tensor of the gradient's shape and dtype without memory of its own. The operat
 training loop cost no pass over the bytes: a norm was computed while they were in memory, a
 multiplication by a scalar (clipping, unscaling) is kept as a factor and applied by the update,
 zeroing is noted. Any other operation works on a real copy, which an in-place operation stores
-back; nothing is approximated.
+back; one that returns a view makes the gradient an ordinary tensor until it is next accumulated or
+used by an update. Nothing is approximated.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ class GradState:
         zero: the value is zero whatever the slab holds.
         factors: scalars still to be multiplied onto the bytes in the slab, in order.
         norms: of the bytes in the slab (without factors), by order.
+        real: the gradient as an ordinary tensor, once somebody has a view of it.
     """
 
     def __init__(self, owner: OffloadedParam) -> None:
@@ -40,6 +42,7 @@ class GradState:
         self.zero = False
         self.factors: list[Scalar] = []
         self.norms: dict[float, torch.Tensor] = {}
+        self.real: torch.Tensor | None = None
 
     def factor_values(self) -> list[float]:
         """Return the factors as the fp32 values that multiplying an fp32 tensor would use."""
@@ -49,12 +52,17 @@ class GradState:
     def scale(self, factor: Scalar) -> None:
         """Note a multiplication by `factor`."""
         self._check()
-        if not self.zero or not _is_finite(factor):
+        if self.real is not None:
+            self.real.mul_(factor)
+        elif not self.zero or not _is_finite(factor):
             self.factors.append(factor.clone() if isinstance(factor, torch.Tensor) else factor)
 
     def set_zero(self) -> None:
         """Note that the value is zero."""
         self._check()
+        if self.real is not None:
+            self.real.zero_()
+            return
         self.zero = True
         self.factors.clear()
         self.norms.clear()
@@ -62,12 +70,13 @@ class GradState:
     def norm(self, order: float) -> torch.Tensor:
         """Return ``torch.linalg.vector_norm(gradient, order)``, a 0-dim tensor."""
         self._check()
-        if self.factors or self.zero:
+        if self.factors or self.zero or self.real is not None:
             return torch.linalg.vector_norm(self.materialize(), order)
         if order not in self.norms:
             self.owner.context.norm_orders.add(order)
             self.norms[order] = torch.linalg.vector_norm(self._view(), order)
-        return self.norms[order].clone()
+        norm: torch.Tensor = self.norms[order].clone()
+        return norm
 
     def note_norms(self, view: torch.Tensor, orders: set[float]) -> None:
         """Compute the norms of the bytes while they are in memory."""
@@ -75,8 +84,10 @@ class GradState:
             self.norms = {order: torch.linalg.vector_norm(view, order) for order in orders}
 
     def materialize(self) -> torch.Tensor:
-        """Return a real copy of the gradient."""
+        """Return the gradient as an ordinary tensor: a copy, or `real` itself."""
         self._check()
+        if self.real is not None:
+            return self.real
         if self.zero:
             value = torch.zeros(self.owner.shape, dtype=self.owner.dtype)
         else:
@@ -85,9 +96,17 @@ class GradState:
             value.mul_(factor)
         return value
 
+    def make_real(self) -> None:
+        """Make ``p.grad`` an ordinary tensor from now on."""
+        if self.real is None:
+            self.real = self.materialize()
+            self.owner.param.grad = self.real
+
     def store(self, value: torch.Tensor) -> None:
         """Replace the gradient by `value`."""
         self._check()
+        if value is self.real:
+            return
         self.owner.context.modify_grad(self.owner).copy_(value)
         self.zero = False
         self.factors.clear()
@@ -97,7 +116,7 @@ class GradState:
         return self.owner.context.read_grad(self.owner)
 
     def _check(self) -> None:
-        if self.owner.grad_state is not self:
+        if self.real is None and self.owner.grad_state is not self:
             raise SpilledTensorError(
                 f"this gradient of {self.owner.name} no longer exists: it was set to None (by "
                 "zero_grad) or replaced; take .clone() of a gradient that is to be kept"
@@ -113,7 +132,7 @@ class GradHandle(torch.Tensor):
     def __new__(cls, state: GradState) -> GradHandle:
         """Make a handle with the shape, strides and dtype of the gradient."""
         owner = state.owner
-        handle: GradHandle = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        handle: GradHandle = torch.Tensor._make_wrapper_subclass(
             cls, owner.shape, strides=owner.stride, dtype=owner.dtype, requires_grad=False
         )
         handle._state = state
@@ -122,13 +141,13 @@ class GradHandle(torch.Tensor):
     def __init__(self, state: GradState) -> None:
         """All is done by __new__."""
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         """Describe the handle without reading the gradient."""
         owner = self._state.owner
         return f"GradHandle({owner.name}, shape={tuple(owner.shape)}, dtype={owner.dtype})"
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
         """Run `func` on gradients that may not be in memory."""
@@ -148,10 +167,13 @@ def _is_finite(factor: Scalar) -> bool:
 def _on_real_copies(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """Run any operator on real copies of the handles, and store back what it mutated."""
     copies: dict[int, tuple[GradHandle, torch.Tensor]] = {}
+    returns_view = any(r.alias_info and not r.alias_info.is_write for r in func._schema.returns)
 
     def real(value: Any) -> Any:
         if not isinstance(value, GradHandle):
             return value
+        if returns_view:
+            value._state.make_real()
         if id(value) not in copies:
             copies[id(value)] = (value, value._state.materialize())
         return copies[id(value)][1]

@@ -86,7 +86,7 @@ class Mover:
         lease = self._lease(slab.nbytes, farther_than=use)
         if lease is None:
             return False
-        slab.set_lease(lease)
+        slab.lease = lease
         self._spillable[slab] = None
         self._start_read(slab, demand=False)
         return True
@@ -106,8 +106,9 @@ class Mover:
         self._finish(slab)
 
     def mark_dirty(self, slab: Slab) -> None:
-        """The bytes in memory were changed; a copy on disk is no longer current."""
+        """The bytes in memory were changed; a copy on disk, or on its way there, is not current."""
         slab.dirty = True
+        slab.changed_in_flight = slab.pending_write
 
     def mark_on_disk(self, slab: Slab) -> None:
         """The bytes on disk were replaced by somebody else; memory holds nothing."""
@@ -144,12 +145,12 @@ class Mover:
 
     def _take_memory(self, slab: Slab) -> None:
         if slab.pinned:
-            slab.set_lease(self.home.allocate(slab.nbytes))
+            slab.lease = self.home.allocate(slab.nbytes)
             return
         lease = self._lease(slab.nbytes, farther_than=None)
         if lease is None:
             raise self._no_room(slab)
-        slab.set_lease(lease)
+        slab.lease = lease
         self._spillable[slab] = None
 
     def _lease(self, nbytes: int, farther_than: int | None) -> _native.Lease | None:
@@ -192,7 +193,7 @@ class Mover:
         self._drop(slab)
 
     def _drop(self, slab: Slab) -> None:
-        slab.drop_lease()
+        slab.lease = None
         self._spillable.pop(slab, None)
 
     def _await_transfer(self) -> bool:
@@ -250,7 +251,8 @@ class Mover:
                 slab.pending = None
                 self._pending.pop(slab, None)
         if was_write:
-            slab.dirty = False
+            slab.dirty = slab.changed_in_flight
+            slab.pending_write = slab.changed_in_flight = False
         else:
             slab.residency = Residency.HOST
             slab.dirty = False

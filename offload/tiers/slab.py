@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from enum import Enum
 
@@ -53,40 +54,35 @@ class Slab:
         self.dirty = False
         self.locks = 0
         self.lease: _native.Lease | None = None
-        self.base: torch.Tensor | None = None
+        """Its memory. Dropped here, it returns to the arena when no tensor refers to it either."""
         self.pending: _native.Transfer | None = None
         self.pending_write = False
+        self.changed_in_flight = False
 
     @property
     def wanted(self) -> bool:
         """Whether the content still means anything to anybody."""
         return self.live is None or self.live()
 
-    def set_lease(self, lease: _native.Lease) -> None:
-        """Take memory; its content is undefined."""
-        self.lease = lease
-        self.base = torch.frombuffer(lease, dtype=torch.uint8)
-
-    def drop_lease(self) -> None:
-        """Give the memory up; it returns to the arena when no tensor refers to it any more."""
-        self.lease = None
-        self.base = None
-
     def view(
         self, offset: int, shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype
     ) -> torch.Tensor:
-        """Return a tensor over the slab's memory.
+        """Return a tensor over the slab's memory, with a storage of its own.
 
         Args:
             offset: byte offset in the slab.
             shape: in elements.
-            stride: in elements.
+            stride: in elements; no element twice, none left out.
             dtype: of the tensor.
         """
-        if self.base is None:
+        if self.lease is None:
             raise OffloadError(f"{self.name} is not in memory (internal error)")
-        numel = 1
-        for size in shape:
-            numel *= size
-        flat = self.base[offset : offset + numel * dtype.itemsize].view(dtype)
+        numel = math.prod(shape)
+        if numel == 0:
+            return torch.empty_strided(shape, stride, dtype=dtype)
+        flat = torch.frombuffer(self.lease, dtype=dtype, count=numel, offset=offset)
         return flat.as_strided(shape, stride)
+
+    def zero(self) -> None:
+        """Fill the slab's memory with zero bytes."""
+        self.view(0, (self.nbytes,), (1,), torch.uint8).zero_()

@@ -49,10 +49,10 @@ _ABOUT = {
 _ABOUT |= {torch.numel, torch.is_floating_point, torch.is_complex, torch.is_conj, torch.is_same_size}
 
 _NEEDS_MEMORY = {
-    function: name
+    getattr(_T, name)
     for name in ("data_ptr", "storage", "untyped_storage", "_typed_storage", "share_memory_")
-    for function in [getattr(_T, name)]
 }
+_SET_DATA = _T.data.__set__  # type: ignore[attr-defined]  # a new wrapper at each access: compare by ==
 
 
 def touch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -63,6 +63,8 @@ def touch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """
     if func in _ABOUT:
         return _plainly(func, args, kwargs)
+    if func is torch.autograd.grad:
+        return func(*tree_map(_edge, args), **tree_map(_edge, kwargs))
     params = {
         value._offloaded: None
         for value in tree_iter((args, kwargs))
@@ -80,6 +82,13 @@ def touch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 def _plainly(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     with torch._C.DisableTorchFunctionSubclass():
         return func(*args, **kwargs)
+
+
+def _edge(value: Any) -> Any:
+    """What stands for a parameter in ``torch.autograd.grad`` without its bytes."""
+    if not isinstance(value, SpilledParameter):
+        return value
+    return _plainly(torch.autograd.graph.get_gradient_edge, (value,), {})
 
 
 def _of_strides(param: OffloadedParam, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -102,13 +111,13 @@ def _fetched(
         return func(*args, **kwargs)
     names = ", ".join(param.name for param in params)
     stays = all(unit.param_slab.pinned for unit in units)
-    if not stays and func in _NEEDS_MEMORY or func is _T.data.__set__:  # type: ignore[attr-defined]
+    if func == _SET_DATA or (func in _NEEDS_MEMORY and not stays):
         raise _refused(func, names)
     with _all_held(context, units), context.saved_hooks():
         result = func(*args, **kwargs)
         if stays:
             return result
-        return tree_map(lambda value: _own_memory(context, units, func, names, value), result)
+        return tree_map(lambda value: _own_memory(context, func, names, value), result)
 
 
 class _all_held:  # noqa: N801  (a context manager, used as a function)
@@ -126,14 +135,11 @@ class _all_held:  # noqa: N801  (a context manager, used as a function)
             manager.__exit__(*exc)
 
 
-def _own_memory(
-    context: RuntimeContext, units: list[Unit], func: Any, names: str, value: Any
-) -> Any:
+def _own_memory(context: RuntimeContext, func: Any, names: str, value: Any) -> Any:
     """Return `value` if it has memory of its own; refuse, or copy while reading out, if not."""
     if not isinstance(value, torch.Tensor) or isinstance(value, torch.nn.Parameter):
         return value
-    pointers = {unit.param_slab.base.data_ptr() for unit in units if unit.param_slab.base is not None}
-    if value.untyped_storage().data_ptr() not in pointers:
+    if value.untyped_storage().data_ptr() not in context.by_pointer:
         return value
     if context.reading_out:
         return value.detach().clone()

@@ -1,0 +1,94 @@
+"""Offloaded training is plain torch training, bit for bit, with released memory poisoned."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import training as t
+from training import Loop
+
+WHOLE_BLOCKS = {"max_unit_bytes": "2MiB"}
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        t.Stack,
+        lambda: t.Stack(tied=True),
+        t.Checkpointed,
+        t.CheckpointedReentrant,
+        t.UsesOthersWeight,
+        t.SharedBlock,
+        t.Routed,
+        t.Recurrent,
+        t.Convolutional,
+    ],
+    ids=[
+        "stack",
+        "tied",
+        "checkpoint",
+        "checkpoint-reentrant",
+        "others-weight",
+        "shared-block",
+        "routed",
+        "lstm",
+        "conv",
+    ],
+)
+def test_training_at_the_smallest_budget_is_exact(make: t.Model, tmp_path: Path) -> None:
+    budget = t.least_budget(make)
+    loop = Loop()
+    t.assert_same(t.plain(make, loop), t.offloaded(make, loop, tmp_path, budget))
+
+
+@pytest.mark.parametrize("engine", ["io_uring", "threads"])
+@pytest.mark.parametrize("lazy", [True, False], ids=["lazy", "eager"])
+def test_training_is_exact_on_either_engine_and_step(
+    engine: str, lazy: bool, tmp_path: Path
+) -> None:
+    loop = Loop(steps=20, micro_batches=2, grads=False)
+    ours = t.offloaded(t.Stack, loop, tmp_path, 16 << 20, lazy_step=lazy, io_engine=engine, **WHOLE_BLOCKS)
+    t.assert_same(t.plain(t.Stack, loop), ours)
+
+
+@pytest.mark.parametrize(
+    "loop",
+    [
+        Loop(micro_batches=1),
+        Loop(micro_batches=1, clip=None),
+        Loop(set_to_none=False),
+        Loop(eval_every=2),
+        Loop(clip=None, micro_batches=2, set_to_none=False),
+        Loop(clip=1e9),
+    ],
+    ids=["one", "no-clip", "zero-fill", "eval", "zero-fill-no-clip", "clip-inactive"],
+)
+def test_training_is_exact_in_every_kind_of_loop(loop: Loop, tmp_path: Path) -> None:
+    ours = t.offloaded(t.Stack, loop, tmp_path, t.least_budget(t.Stack) + (1 << 18))
+    t.assert_same(t.plain(t.Stack, loop), ours)
+
+
+@pytest.mark.parametrize("budget", [13 << 20, 20 << 20, 32 << 20, 40 << 20])
+def test_training_is_exact_at_every_budget(budget: int, tmp_path: Path) -> None:
+    """From almost nothing in memory to all but some optimizer state."""
+    loop = Loop()
+    t.assert_same(t.plain(t.Stack, loop), t.offloaded(t.Stack, loop, tmp_path, budget))
+
+
+def test_units_named_by_hand_are_exact(tmp_path: Path) -> None:
+    loop = Loop()
+    ours = t.offloaded(
+        t.Stack, loop, tmp_path, 16 << 20, units=["blocks.0", "blocks.1", "blocks.2", "embed"]
+    )
+    t.assert_same(t.plain(t.Stack, loop), ours)
+
+
+def test_without_a_swap_directory_everything_stays_in_memory() -> None:
+    loop = Loop()
+    policy = t.offload.Policy(budget=t.offload.Budget(host="64MiB"), debug=True)
+    t.torch.manual_seed(0)
+    model = t.offload.wrap(t.Stack(), policy)
+    optimizer = t.offload.AdamW(t.groups(model), lr=1e-2, weight_decay=0.1)
+    t.assert_same(t.plain(t.Stack, loop), t.train(model, optimizer, loop))
+    assert t.offload.report(model).as_dict()["disk_write_bytes"] == 0
