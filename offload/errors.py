@@ -16,7 +16,7 @@ class PolicyError(OffloadError, ValueError):
 
 
 class BudgetError(OffloadError, MemoryError):
-    """Something does not fit into a memory budget, which is a hard limit."""
+    """Something does not fit into a memory budget, or the system refused the memory for it."""
 
 
 class SwapSpaceError(OffloadError, OSError):
@@ -41,6 +41,7 @@ class SpilledTensorError(OffloadError, RuntimeError):
 
 _BY_CODE: dict[str, type[OffloadError]] = {
     "budget": BudgetError,
+    "no memory": BudgetError,
     "no space": SwapSpaceError,
     "os error": SwapIOError,
     "corrupt": CorruptionError,

@@ -15,6 +15,8 @@ const char* code_name(Code code) {
       return "no space";
     case Code::kBudget:
       return "budget";
+    case Code::kNoMemory:
+      return "no memory";
     case Code::kCorrupt:
       return "corrupt";
     case Code::kInvalid:
@@ -29,13 +31,14 @@ const char* code_name(Code code) {
 
 Status Status::from_errno(int err, const char* op, std::string path, std::int64_t offset) {
   Status status;
-  status.code_ = (err == ENOSPC || err == EDQUOT) ? Code::kNoSpace : Code::kOsError;
+  status.code_ = err == ENOSPC || err == EDQUOT ? Code::kNoSpace
+                 : err == ENOMEM                ? Code::kNoMemory
+                                                : Code::kOsError;
   status.errno_ = err;
   status.op_ = op;
   status.path_ = std::move(path);
   status.offset_ = offset;
-  status.message_ =
-      std::generic_category().message(err) + " (errno " + std::to_string(err) + ")";
+  status.message_ = std::generic_category().message(err) + " (errno " + std::to_string(err) + ")";
   return status;
 }
 

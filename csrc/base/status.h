@@ -17,6 +17,7 @@ enum class Code : std::uint8_t {
   kOsError,      // a syscall failed; os_errno() says how
   kNoSpace,      // the disk (or the reserved part of it) is full
   kBudget,       // a hard memory budget would be exceeded
+  kNoMemory,     // the system refused memory (RLIMIT_DATA, overcommit)
   kCorrupt,      // bytes on disk do not have the checksum they were written with
   kInvalid,      // the caller broke a stated requirement
   kUnsupported,  // this machine, kernel or filesystem cannot do it
@@ -33,7 +34,8 @@ class [[nodiscard]] Status {
   Status() = default;
   static Status ok() { return Status(); }
 
-  // A failed syscall `op` on `path` at `offset`; ENOSPC and EDQUOT become kNoSpace.
+  // A failed syscall `op` on `path` at `offset`; ENOSPC and EDQUOT become kNoSpace, ENOMEM
+  // becomes kNoMemory.
   static Status from_errno(int err, const char* op, std::string path,
                            std::int64_t offset = kNoOffset);
   static Status error(Code code, std::string message);
@@ -64,8 +66,8 @@ class [[nodiscard]] Status {
 template <typename T>
 class [[nodiscard]] Result {
  public:
-  Result(T value) : value_(std::move(value)) {}                 // NOLINT(google-explicit-constructor)
-  Result(Status status) : status_(std::move(status)) {          // NOLINT(google-explicit-constructor)
+  Result(T value) : value_(std::move(value)) {}         // NOLINT(google-explicit-constructor)
+  Result(Status status) : status_(std::move(status)) {  // NOLINT(google-explicit-constructor)
     if (status_.is_ok()) status_ = Status::error(Code::kInvalid, "Result built from an ok Status");
   }
 
@@ -84,8 +86,8 @@ class [[nodiscard]] Result {
 }  // namespace offload
 
 // Returns the Status of `expr` from the enclosing function when it is not ok.
-#define OFFLOAD_RETURN_IF_ERROR(expr)                              \
-  do {                                                             \
-    ::offload::Status offload_status_ = (expr);                    \
-    if (!offload_status_.is_ok()) return offload_status_;          \
+#define OFFLOAD_RETURN_IF_ERROR(expr)                     \
+  do {                                                    \
+    ::offload::Status offload_status_ = (expr);           \
+    if (!offload_status_.is_ok()) return offload_status_; \
   } while (false)

@@ -35,7 +35,7 @@ EngineKind engine_kind(const std::string& name) {
 }
 
 constexpr SqrtRule kSqrtRules[] = {SqrtRule::kIeee, SqrtRule::kRsqrt, SqrtRule::kRsqrtFma,
-                                  SqrtRule::kRsqrt14Fma};
+                                   SqrtRule::kRsqrt14Fma};
 
 SqrtRule sqrt_rule(const std::string& name) {
   for (const SqrtRule rule : kSqrtRules) {
@@ -92,7 +92,8 @@ void bind_memory(py::module_& m) {
   py::class_<Lease, std::shared_ptr<Lease>>(m, "Lease", py::buffer_protocol())
       .def_property_readonly("nbytes", &Lease::nbytes)
       .def_property_readonly(
-          "address", [](const Lease& lease) { return reinterpret_cast<std::uintptr_t>(lease.data()); })
+          "address",
+          [](const Lease& lease) { return reinterpret_cast<std::uintptr_t>(lease.data()); })
       .def_buffer([](Lease& lease) {
         return py::buffer_info(reinterpret_cast<std::uint8_t*>(lease.data()),
                                static_cast<py::ssize_t>(lease.nbytes()));
@@ -102,19 +103,21 @@ void bind_memory(py::module_& m) {
              return take(HostArena::create(budget, poison));
            }),
            py::arg("budget"), py::arg("poison") = false)
-      .def("try_allocate",
-           [](HostArena& arena, std::uint64_t nbytes) -> std::shared_ptr<Lease> {
-             Result<Lease> lease = arena.allocate(nbytes);
-             if (lease.is_ok()) return std::make_shared<Lease>(lease.take());
-             if (lease.status().code() == Code::kBudget) return nullptr;
-             raise(lease.status());
-           },
-           py::arg("nbytes"), "A lease, or None when the budget has no room for it.")
-      .def("allocate",
-           [](HostArena& arena, std::uint64_t nbytes) {
-             return std::make_shared<Lease>(take(arena.allocate(nbytes)));
-           },
-           py::arg("nbytes"))
+      .def(
+          "try_allocate",
+          [](HostArena& arena, std::uint64_t nbytes) -> std::shared_ptr<Lease> {
+            Result<Lease> lease = arena.allocate(nbytes);
+            if (lease.is_ok()) return std::make_shared<Lease>(lease.take());
+            if (lease.status().code() == Code::kBudget) return nullptr;
+            raise(lease.status());
+          },
+          py::arg("nbytes"), "A lease, or None when the budget has no room for it.")
+      .def(
+          "allocate",
+          [](HostArena& arena, std::uint64_t nbytes) {
+            return std::make_shared<Lease>(take(arena.allocate(nbytes)));
+          },
+          py::arg("nbytes"))
       .def("usage", [](const HostArena& arena) {
         const HostArena::Usage usage = arena.usage();
         py::dict d;
@@ -146,37 +149,43 @@ void bind_store(py::module_& m) {
       .def_property_readonly_static("block_bytes",
                                     [](const py::object&) { return SwapStore::kBlockBytes; })
       .def_static("footprint", &SwapStore::footprint, py::arg("nbytes"))
-      .def("reserve",
-           [](SwapStore& store, std::uint64_t nbytes, std::uint64_t spare) {
-             check(unlocked([&] { return store.reserve(nbytes, spare); }));
-           },
-           py::arg("nbytes"), py::arg("spare"))
-      .def("create",
-           [](SwapStore& store, std::uint64_t nbytes) { return take(store.create(nbytes)); },
-           py::arg("nbytes"))
-      .def("remove", [](SwapStore& store, ObjectId object) { check(store.remove(object)); },
-           py::arg("object"))
-      .def("written",
-           [](SwapStore& store, ObjectId object, std::uint64_t offset) {
-             return take(store.written(object, offset));
-           },
-           py::arg("object"), py::arg("offset"))
-      .def("write",
-           [](SwapStore& store, ObjectId object, const std::shared_ptr<Lease>& lease,
-              std::uint64_t nbytes, bool demand) {
-             const IoPriority priority = demand ? IoPriority::kDemand : IoPriority::kBackground;
-             return take(
-                 unlocked([&] { return Transfer::write(store, object, lease, nbytes, priority); }));
-           },
-           py::arg("object"), py::arg("lease"), py::arg("nbytes"), py::arg("demand") = false)
-      .def("read",
-           [](SwapStore& store, ObjectId object, const std::shared_ptr<Lease>& lease,
-              std::uint64_t nbytes, bool demand) {
-             const IoPriority priority = demand ? IoPriority::kDemand : IoPriority::kBackground;
-             return take(
-                 unlocked([&] { return Transfer::read(store, object, lease, nbytes, priority); }));
-           },
-           py::arg("object"), py::arg("lease"), py::arg("nbytes"), py::arg("demand") = false)
+      .def(
+          "reserve",
+          [](SwapStore& store, std::uint64_t nbytes, std::uint64_t spare) {
+            check(unlocked([&] { return store.reserve(nbytes, spare); }));
+          },
+          py::arg("nbytes"), py::arg("spare"))
+      .def(
+          "create",
+          [](SwapStore& store, std::uint64_t nbytes) { return take(store.create(nbytes)); },
+          py::arg("nbytes"))
+      .def(
+          "remove", [](SwapStore& store, ObjectId object) { check(store.remove(object)); },
+          py::arg("object"))
+      .def(
+          "written",
+          [](SwapStore& store, ObjectId object, std::uint64_t offset) {
+            return take(store.written(object, offset));
+          },
+          py::arg("object"), py::arg("offset"))
+      .def(
+          "write",
+          [](SwapStore& store, ObjectId object, const std::shared_ptr<Lease>& lease,
+             std::uint64_t nbytes, bool demand) {
+            const IoPriority priority = demand ? IoPriority::kDemand : IoPriority::kBackground;
+            return take(
+                unlocked([&] { return Transfer::write(store, object, lease, nbytes, priority); }));
+          },
+          py::arg("object"), py::arg("lease"), py::arg("nbytes"), py::arg("demand") = false)
+      .def(
+          "read",
+          [](SwapStore& store, ObjectId object, const std::shared_ptr<Lease>& lease,
+             std::uint64_t nbytes, bool demand) {
+            const IoPriority priority = demand ? IoPriority::kDemand : IoPriority::kBackground;
+            return take(
+                unlocked([&] { return Transfer::read(store, object, lease, nbytes, priority); }));
+          },
+          py::arg("object"), py::arg("lease"), py::arg("nbytes"), py::arg("demand") = false)
       .def("stats", [](const SwapStore& store) { return counters_dict(store.stats()); })
       .def_property_readonly("engine", &SwapStore::engine_name)
       .def_property_readonly("engine_reason", &SwapStore::engine_reason)
@@ -184,8 +193,7 @@ void bind_store(py::module_& m) {
       .def_property_readonly("in_memory",
                              [](const SwapStore& store) { return store.file().in_memory; })
       .def_property_readonly("note", [](const SwapStore& store) { return store.file().note; })
-      .def("close",
-           [](SwapStore& store) { check(unlocked([&] { return store.close(); })); });
+      .def("close", [](SwapStore& store) { check(unlocked([&] { return store.close(); })); });
 }
 
 void bind_update(py::module_& m) {
@@ -205,16 +213,18 @@ void bind_update(py::module_& m) {
            py::arg("lr"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"),
            py::arg("weight_decay"), py::arg("step"), py::arg("maximize"), py::arg("rounding"));
   py::class_<UpdateOperand>(m, "UpdateOperand")
-      .def_static("in_memory",
-                  [](std::shared_ptr<Lease> lease, std::uint64_t nbytes) {
-                    return UpdateOperand{std::move(lease), kNoObject, nbytes};
-                  },
-                  py::arg("lease"), py::arg("nbytes"))
-      .def_static("on_disk",
-                  [](ObjectId object, std::uint64_t nbytes) {
-                    return UpdateOperand{nullptr, object, nbytes};
-                  },
-                  py::arg("object"), py::arg("nbytes"));
+      .def_static(
+          "in_memory",
+          [](std::shared_ptr<Lease> lease, std::uint64_t nbytes) {
+            return UpdateOperand{std::move(lease), kNoObject, nbytes};
+          },
+          py::arg("lease"), py::arg("nbytes"))
+      .def_static(
+          "on_disk",
+          [](ObjectId object, std::uint64_t nbytes) {
+            return UpdateOperand{nullptr, object, nbytes};
+          },
+          py::arg("object"), py::arg("nbytes"));
   py::class_<UpdateSegment>(m, "UpdateSegment")
       .def(py::init([](std::uint64_t begin, std::uint64_t end, const AdamWHyper& hyper,
                        std::vector<float> factors) {
@@ -231,15 +241,16 @@ void bind_update(py::module_& m) {
            py::arg("threads"))
       .def_property_readonly_static(
           "staging_set_bytes", [](const py::object&) { return UpdatePipeline::kStagingSetBytes; })
-      .def("submit",
-           [](UpdatePipeline& pipeline, std::uint64_t numel, const UpdateOperand& param,
-              const UpdateOperand& grad, const UpdateOperand& exp_avg,
-              const UpdateOperand& exp_avg_sq, std::vector<UpdateSegment> segments) {
-             UpdateJob job{numel, param, grad, exp_avg, exp_avg_sq, std::move(segments)};
-             return take(unlocked([&] { return pipeline.submit(std::move(job)); }));
-           },
-           py::arg("numel"), py::arg("param"), py::arg("grad"), py::arg("exp_avg"),
-           py::arg("exp_avg_sq"), py::arg("segments"))
+      .def(
+          "submit",
+          [](UpdatePipeline& pipeline, std::uint64_t numel, const UpdateOperand& param,
+             const UpdateOperand& grad, const UpdateOperand& exp_avg,
+             const UpdateOperand& exp_avg_sq, std::vector<UpdateSegment> segments) {
+            UpdateJob job{numel, param, grad, exp_avg, exp_avg_sq, std::move(segments)};
+            return take(unlocked([&] { return pipeline.submit(std::move(job)); }));
+          },
+          py::arg("numel"), py::arg("param"), py::arg("grad"), py::arg("exp_avg"),
+          py::arg("exp_avg_sq"), py::arg("segments"))
       .def("stats",
            [](const UpdatePipeline& pipeline) {
              const UpdatePipeline::Stats stats = pipeline.stats();
@@ -249,9 +260,8 @@ void bind_update(py::module_& m) {
              d["update_seconds"] = static_cast<double>(stats.update_ns) * 1e-9;
              return d;
            })
-      .def("close", [](UpdatePipeline& pipeline) {
-        check(unlocked([&] { return pipeline.close(); }));
-      });
+      .def("close",
+           [](UpdatePipeline& pipeline) { check(unlocked([&] { return pipeline.close(); })); });
   m.def(
       "adamw_update",
       [](const AdamWHyper& hyper, const std::vector<float>& factors, std::uintptr_t param,

@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <condition_variable>
 #include <mutex>
-#include <thread>
 #include <utility>
 #include <vector>
 
@@ -28,7 +27,7 @@ class ThreadPoolEngine final : public IoEngine {
   Status start(unsigned threads) {
     threads_.reserve(threads);
     for (unsigned i = 0; i < threads; ++i) {
-      Result<std::thread> thread = start_engine_thread("offload-io", [this] { run(); });
+      Result<EngineThread> thread = EngineThread::start("offload-io", [this] { run(); });
       if (!thread.is_ok()) return thread.status();
       threads_.push_back(thread.take());
     }
@@ -58,7 +57,7 @@ class ThreadPoolEngine final : public IoEngine {
     }
     wake_.notify_all();
     std::call_once(joined_, [this] {
-      for (std::thread& thread : threads_) thread.join();
+      for (EngineThread& thread : threads_) thread.join();
     });
     return Status::ok();
   }
@@ -102,7 +101,7 @@ class ThreadPoolEngine final : public IoEngine {
     return status;
   }
 
-  std::vector<std::thread> threads_;  // constant between start() and the join
+  std::vector<EngineThread> threads_;  // constant between start() and the join
   std::once_flag joined_;
   IoMeter meter_;
 

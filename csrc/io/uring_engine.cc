@@ -22,7 +22,6 @@
 #include <chrono>
 #include <condition_variable>
 #include <mutex>
-#include <thread>
 #include <utility>
 #include <vector>
 
@@ -58,7 +57,7 @@ class UringEngine final : public IoEngine {
     if (!wake_fd_.is_open()) return Status::from_errno(errno, "eventfd", "");
     unsubmitted_.reserve(queue_depth_ + 1);
     finished_.reserve(queue_depth_);
-    Result<std::thread> thread = start_engine_thread("offload-uring", [this] { thread_main(); });
+    Result<EngineThread> thread = EngineThread::start("offload-uring", [this] { thread_main(); });
     if (!thread.is_ok()) return thread.status();
     thread_ = thread.take();
     std::unique_lock lock(mutex_);
@@ -340,7 +339,7 @@ class UringEngine final : public IoEngine {
 
   const unsigned queue_depth_;
   UniqueFd wake_fd_;
-  std::thread thread_;
+  EngineThread thread_;
   std::once_flag joined_;
   IoMeter meter_;
 

@@ -33,7 +33,9 @@ Lease& Lease::operator=(Lease&& other) noexcept {
   return *this;
 }
 
-Lease::~Lease() { release(); }
+Lease::~Lease() {
+  release();
+}
 
 void Lease::release() {
   if (data_ == nullptr) return;
@@ -48,7 +50,9 @@ HostArena::HostArena(std::byte* base, std::uint64_t budget, bool poison)
   free_.emplace(0, budget);
 }
 
-HostArena::~HostArena() { ::munmap(base_, budget_); }
+HostArena::~HostArena() {
+  ::munmap(base_, budget_);
+}
 
 Result<std::shared_ptr<HostArena>> HostArena::create(std::uint64_t budget, bool poison) {
   budget -= budget % kPageBytes;
@@ -57,9 +61,11 @@ Result<std::shared_ptr<HostArena>> HostArena::create(std::uint64_t budget, bool 
                                              std::to_string(kPageBytes) + " bytes)");
   }
   // Not writable yet, hence not charged to RLIMIT_DATA; commit_to() makes pages usable.
-  void* base = ::mmap(nullptr, budget, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  void* base =
+      ::mmap(nullptr, budget, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (base == MAP_FAILED) {
-    return Status::from_errno(errno, "mmap", "(host arena of " + std::to_string(budget) + " bytes)");
+    return Status::from_errno(errno, "mmap",
+                              "(host arena of " + std::to_string(budget) + " bytes)");
   }
   // Advice only: a kernel without transparent huge pages answers EINVAL and small pages serve.
   if (::madvise(base, budget, MADV_HUGEPAGE) != 0 && errno != EINVAL) {
@@ -86,7 +92,8 @@ Status HostArena::commit_to(std::uint64_t end) {
 
 Result<Lease> HostArena::allocate(std::uint64_t nbytes) {
   if (nbytes == 0) return Status::error(Code::kInvalid, "a lease of 0 bytes was asked for");
-  const std::uint64_t need = align_up(nbytes, kPageBytes);
+  // No budget holds more; rounding up what is close to 2^64 would wrap around.
+  const std::uint64_t need = nbytes > budget_ ? nbytes : align_up(nbytes, kPageBytes);
   std::lock_guard<std::mutex> lock(mutex_);
   auto best = free_.end();
   std::uint64_t largest = 0;
@@ -95,12 +102,11 @@ Result<Lease> HostArena::allocate(std::uint64_t nbytes) {
     if (it->second >= need && (best == free_.end() || it->second < best->second)) best = it;
   }
   if (best == free_.end()) {
-    return Status::error(Code::kBudget, "host budget of " + std::to_string(budget_) +
-                                            " bytes: " + std::to_string(need) +
-                                            " bytes are needed, " +
-                                            std::to_string(budget_ - in_use_) +
-                                            " are free, the longest free range has " +
-                                            std::to_string(largest));
+    return Status::error(Code::kBudget,
+                         "host budget of " + std::to_string(budget_) +
+                             " bytes: " + std::to_string(need) + " bytes are needed, " +
+                             std::to_string(budget_ - in_use_) +
+                             " are free, the longest free range has " + std::to_string(largest));
   }
   const std::uint64_t offset = best->first;
   OFFLOAD_RETURN_IF_ERROR(commit_to(offset + need));

@@ -58,14 +58,14 @@ class HostArena : public std::enable_shared_from_this<HostArena> {
     std::uint64_t largest_free = 0;
   };
 
-  // `budget` is rounded down to whole pages. kInvalid when less than one page is left, kOsError
+  // `budget` is rounded down to whole pages. kInvalid when less than one page is left, kNoMemory
   // when the address space cannot be reserved.
   static Result<std::shared_ptr<HostArena>> create(std::uint64_t budget, bool poison = false);
   ~HostArena();
   HostArena(const HostArena&) = delete;
   HostArena& operator=(const HostArena&) = delete;
 
-  // A lease of at least `nbytes` (> 0). kBudget when no free range is long enough; kOsError when
+  // A lease of at least `nbytes` (> 0). kBudget when no free range is long enough; kNoMemory when
   // the system refuses the pages (RLIMIT_DATA, overcommit).
   Result<Lease> allocate(std::uint64_t nbytes);
 
@@ -81,7 +81,7 @@ class HostArena : public std::enable_shared_from_this<HostArena> {
   const std::uint64_t budget_;
   const bool poison_;
 
-  mutable std::mutex mutex_;  // guards all below
+  mutable std::mutex mutex_;                     // guards all below
   std::map<std::uint64_t, std::uint64_t> free_;  // offset -> bytes
   std::uint64_t committed_ = 0;
   std::uint64_t in_use_ = 0;

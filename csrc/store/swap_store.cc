@@ -8,6 +8,21 @@
 
 namespace offload {
 
+namespace {
+
+// What a file can hold; anything below it can be added up and turned into bytes without overflow.
+constexpr std::uint64_t kMaxSlots = (std::uint64_t{1} << 62) / SwapStore::kBlockBytes;
+
+std::uint64_t blocks_of(std::uint64_t nbytes) {
+  return nbytes / SwapStore::kBlockBytes + (nbytes % SwapStore::kBlockBytes != 0 ? 1 : 0);
+}
+
+Status closed_error() {
+  return Status::error(Code::kClosed, "the swap store is closed");
+}
+
+}  // namespace
+
 class SwapStore::BlockRequest : public IoRequest {
  public:
   BlockRequest(Group& group, ObjectId object, std::size_t index, std::int64_t slot,
@@ -64,10 +79,10 @@ class SwapStore::Group {
 
 void SwapStore::BlockRequest::complete(Status status) {
   if (status.is_ok() && op == IoOp::kRead && crc32c(buffer, nbytes) != crc) {
-    status = Status::error(
-        Code::kCorrupt, "checksum mismatch in " + std::string(path) + " at offset " +
-                            std::to_string(offset) + " (" + std::to_string(nbytes) +
-                            " bytes): the disk returned other bytes than were written there");
+    status = Status::error(Code::kCorrupt,
+                           "checksum mismatch in " + std::string(path) + " at offset " +
+                               std::to_string(offset) + " (" + std::to_string(nbytes) +
+                               " bytes): the disk returned other bytes than were written there");
   }
   group_.block_done(status);
 }
@@ -91,12 +106,18 @@ SwapStore::~SwapStore() {
   static_cast<void>(close());
 }
 
-std::uint64_t SwapStore::footprint(std::uint64_t nbytes) { return align_up(nbytes, kBlockBytes); }
+std::uint64_t SwapStore::footprint(std::uint64_t nbytes) {
+  return align_up(nbytes, kBlockBytes);
+}
 
 Status SwapStore::reserve(std::uint64_t bytes, std::uint64_t spare) {
   std::lock_guard<std::mutex> lock(mutex_);
-  if (closed_) return Status::error(Code::kClosed, "the swap store is closed");
-  const std::uint64_t wanted = (footprint(bytes) + footprint(spare)) / kBlockBytes;
+  if (closed_) return closed_error();
+  const std::uint64_t wanted = blocks_of(bytes) + blocks_of(spare);
+  if (wanted > kMaxSlots) {
+    return Status::error(Code::kNoSpace, "no file holds the " + std::to_string(bytes) + " and " +
+                                             std::to_string(spare) + " bytes to be reserved");
+  }
   if (wanted > slot_refs_.size()) {
     OFFLOAD_RETURN_IF_ERROR(reserve_space(file_, wanted * kBlockBytes));
     for (std::uint64_t slot = wanted; slot-- > slot_refs_.size();) {
@@ -104,22 +125,21 @@ Status SwapStore::reserve(std::uint64_t bytes, std::uint64_t spare) {
     }
     slot_refs_.resize(wanted, 0);
   }
-  object_slots_ = std::max(object_slots_, footprint(bytes) / kBlockBytes);
+  object_slots_ = std::max(object_slots_, blocks_of(bytes));
   return Status::ok();
 }
 
 Result<ObjectId> SwapStore::create(std::uint64_t nbytes) {
   if (nbytes == 0) return Status::error(Code::kInvalid, "a swap object of 0 bytes was asked for");
-  const std::uint64_t blocks = footprint(nbytes) / kBlockBytes;
+  const std::uint64_t blocks = blocks_of(nbytes);
   std::lock_guard<std::mutex> lock(mutex_);
-  if (closed_) return Status::error(Code::kClosed, "the swap store is closed");
+  if (closed_) return closed_error();
   if (promised_slots_ + blocks > object_slots_) {
     return Status::error(
-        Code::kNoSpace, "swap file in " + file_.path + ": " + std::to_string(blocks * kBlockBytes) +
-                            " bytes are needed, " +
-                            std::to_string((object_slots_ - promised_slots_) * kBlockBytes) +
-                            " of the reserved " + std::to_string(object_slots_ * kBlockBytes) +
-                            " are free");
+        Code::kNoSpace,
+        "swap file in " + file_.path + ": " + std::to_string(nbytes) + " bytes are needed, " +
+            std::to_string((object_slots_ - promised_slots_) * kBlockBytes) + " of the reserved " +
+            std::to_string(object_slots_ * kBlockBytes) + " are free");
   }
   const ObjectId id = next_id_++;
   Object object;
@@ -132,6 +152,7 @@ Result<ObjectId> SwapStore::create(std::uint64_t nbytes) {
 
 Status SwapStore::remove(ObjectId id) {
   std::lock_guard<std::mutex> lock(mutex_);
+  if (closed_) return closed_error();
   const auto it = objects_.find(id);
   if (it == objects_.end()) {
     return Status::error(Code::kInvalid, "swap object " + std::to_string(id) + " does not exist");
@@ -150,10 +171,11 @@ Status SwapStore::remove(ObjectId id) {
 
 Result<bool> SwapStore::written(ObjectId id, std::uint64_t offset) {
   std::lock_guard<std::mutex> lock(mutex_);
+  if (closed_) return closed_error();
   const auto it = objects_.find(id);
   if (it == objects_.end() || offset >= it->second.nbytes) {
-    return Status::error(Code::kInvalid, "swap object " + std::to_string(id) +
-                                             " has no byte " + std::to_string(offset));
+    return Status::error(Code::kInvalid, "swap object " + std::to_string(id) + " has no byte " +
+                                             std::to_string(offset));
   }
   return it->second.blocks[offset / kBlockBytes].slot >= 0;
 }
@@ -166,7 +188,8 @@ Status SwapStore::check(const Range& range, IoOp op) {
   }
   const Object& object = it->second;
   const std::uint64_t end = range.offset + range.nbytes;
-  if (range.nbytes == 0 || range.offset % kBlockBytes != 0 || end > object.nbytes ||
+  if (range.nbytes == 0 || range.offset % kBlockBytes != 0 || range.offset > object.nbytes ||
+      range.nbytes > object.nbytes - range.offset ||
       (range.nbytes % kBlockBytes != 0 && end != object.nbytes)) {
     return Status::error(Code::kInvalid, "bytes [" + std::to_string(range.offset) + ", " +
                                              std::to_string(end) + ") are not whole blocks of a " +
@@ -183,6 +206,22 @@ Status SwapStore::check(const Range& range, IoOp op) {
     }
     if (op == IoOp::kRead && object.blocks[i].slot < 0) {
       return Status::error(Code::kInvalid, "a swap block was read before it was ever written");
+    }
+  }
+  return Status::ok();
+}
+
+Status SwapStore::check_disjoint(const std::vector<Range>& ranges) {
+  std::vector<const Range*> sorted;
+  sorted.reserve(ranges.size());
+  for (const Range& range : ranges) sorted.push_back(&range);
+  std::sort(sorted.begin(), sorted.end(), [](const Range* a, const Range* b) {
+    return std::pair(a->object, a->offset) < std::pair(b->object, b->offset);
+  });
+  for (std::size_t i = 1; i < sorted.size(); ++i) {
+    if (sorted[i]->object == sorted[i - 1]->object &&
+        sorted[i]->offset - sorted[i - 1]->offset < sorted[i - 1]->nbytes) {
+      return Status::error(Code::kInvalid, "two writes of one swap block at once");
     }
   }
   return Status::ok();
@@ -228,8 +267,9 @@ Status SwapStore::start(const std::vector<Range>& ranges, IoOp op, IoPriority pr
   std::vector<IoRequest*> batch;
   {
     std::lock_guard<std::mutex> lock(mutex_);
-    if (closed_) return Status::error(Code::kClosed, "the swap store is closed");
+    if (closed_) return closed_error();
     // Everything is checked before anything changes: a refused transfer leaves no trace.
+    if (op == IoOp::kWrite) OFFLOAD_RETURN_IF_ERROR(check_disjoint(ranges));
     std::uint64_t blocks = 0;
     for (const Range& range : ranges) {
       OFFLOAD_RETURN_IF_ERROR(check(range, op));
@@ -237,11 +277,11 @@ Status SwapStore::start(const std::vector<Range>& ranges, IoOp op, IoPriority pr
     }
     if (blocks == 0) return Status::error(Code::kInvalid, "a swap transfer of no bytes");
     if (op == IoOp::kWrite && free_slots_.size() < blocks) {
-      return Status::error(Code::kNoSpace,
-                           "swap file in " + file_.path + ": " +
-                               std::to_string(blocks * kBlockBytes) +
-                               " bytes are needed for a new version, " +
-                               std::to_string(free_slots_.size() * kBlockBytes) + " are free");
+      return Status::error(Code::kNoSpace, "swap file in " + file_.path + ": " +
+                                               std::to_string(blocks * kBlockBytes) +
+                                               " bytes are needed for a new version, " +
+                                               std::to_string(free_slots_.size() * kBlockBytes) +
+                                               " are free");
     }
     group->requests.reserve(blocks);
     for (const Range& range : ranges) add_blocks(range, op, priority, *group);

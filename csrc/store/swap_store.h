@@ -88,7 +88,7 @@ class SwapStore {
 
   struct Stats {
     IoCounters io;
-    std::uint64_t slots = 0;       // reserved
+    std::uint64_t slots = 0;  // reserved
     std::uint64_t free_slots = 0;
     std::uint64_t objects = 0;
     std::uint64_t logical_read = 0;     // bytes of completed reads, checksums verified
@@ -119,9 +119,10 @@ class SwapStore {
 
   SwapStore(SwapFile file, EngineChoice choice);
   Status start(const std::vector<Range>& ranges, IoOp op, IoPriority priority, Completion done);
-  Status check(const Range& range, IoOp op);                       // REQUIRES: mutex_ held
+  Status check(const Range& range, IoOp op);  // REQUIRES: mutex_ held
+  static Status check_disjoint(const std::vector<Range>& ranges);
   void add_blocks(const Range& range, IoOp op, IoPriority priority, Group& group);  // likewise
-  void drop_reference(std::int64_t slot);                          // likewise
+  void drop_reference(std::int64_t slot);                                           // likewise
   void finish(Group& group, const Status& status);
 
   SwapFile file_;
@@ -132,10 +133,10 @@ class SwapStore {
   bool closed_ = false;
   ObjectId next_id_ = 1;
   std::unordered_map<ObjectId, Object> objects_;
-  std::vector<std::int64_t> free_slots_;    // last freed, first used
-  std::vector<std::uint32_t> slot_refs_;    // 0: free; the map and each read in flight hold one
-  std::uint64_t object_slots_ = 0;          // what reserve() promised to objects
-  std::uint64_t promised_slots_ = 0;        // of all objects, written or not
+  std::vector<std::int64_t> free_slots_;  // last freed, first used
+  std::vector<std::uint32_t> slot_refs_;  // 0: free; the map and each read in flight hold one
+  std::uint64_t object_slots_ = 0;        // what reserve() promised to objects
+  std::uint64_t promised_slots_ = 0;      // of all objects, written or not
   std::uint64_t logical_read_ = 0;
   std::uint64_t logical_written_ = 0;
 };

@@ -32,8 +32,8 @@ Result<std::shared_ptr<Transfer>> Transfer::write(SwapStore& store, ObjectId obj
 }
 
 Result<std::shared_ptr<Transfer>> Transfer::read(SwapStore& store, ObjectId object,
-                                                 std::shared_ptr<Lease> lease,
-                                                 std::uint64_t nbytes, IoPriority priority) {
+                                                 std::shared_ptr<Lease> lease, std::uint64_t nbytes,
+                                                 IoPriority priority) {
   return start(store, IoOp::kRead, object, std::move(lease), nbytes, priority);
 }
 

@@ -20,8 +20,8 @@ class Transfer {
  public:
   // Moves the first `nbytes` of the lease to (write) or from (read) the whole of `object`.
   static Result<std::shared_ptr<Transfer>> write(SwapStore& store, ObjectId object,
-                                                 std::shared_ptr<Lease> lease,
-                                                 std::uint64_t nbytes, IoPriority priority);
+                                                 std::shared_ptr<Lease> lease, std::uint64_t nbytes,
+                                                 IoPriority priority);
   static Result<std::shared_ptr<Transfer>> read(SwapStore& store, ObjectId object,
                                                 std::shared_ptr<Lease> lease, std::uint64_t nbytes,
                                                 IoPriority priority);
@@ -37,8 +37,8 @@ class Transfer {
 
  private:
   static Result<std::shared_ptr<Transfer>> start(SwapStore& store, IoOp op, ObjectId object,
-                                                 std::shared_ptr<Lease> lease,
-                                                 std::uint64_t nbytes, IoPriority priority);
+                                                 std::shared_ptr<Lease> lease, std::uint64_t nbytes,
+                                                 IoPriority priority);
 
   mutable std::mutex mutex_;
   mutable std::condition_variable finished_;

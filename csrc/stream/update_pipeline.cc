@@ -6,6 +6,8 @@
 #include <string>
 #include <utility>
 
+#include "io/engine_thread.h"
+
 namespace offload {
 namespace {
 
@@ -13,7 +15,7 @@ constexpr std::uint64_t kBlock = SwapStore::kBlockBytes;
 
 bool fits(const UpdateOperand& operand, std::uint64_t numel) {
   const bool placed = operand.on_disk() != (operand.lease != nullptr);
-  const bool long_enough = operand.nbytes >= numel * sizeof(float);
+  const bool long_enough = operand.nbytes / sizeof(float) >= numel;
   return placed && long_enough && (operand.on_disk() || operand.lease->nbytes() >= operand.nbytes);
 }
 
@@ -73,7 +75,10 @@ Result<std::shared_ptr<UpdatePipeline>> UpdatePipeline::create(
     }
   }
   for (unsigned i = 0; i < options.threads; ++i) {
-    pipeline->threads_.emplace_back([raw = pipeline.get()] { raw->work(); });
+    Result<EngineThread> thread =
+        EngineThread::start("offload-update", [raw = pipeline.get()] { raw->work(); });
+    if (!thread.is_ok()) return thread.status();
+    pipeline->threads_.push_back(thread.take());
   }
   return pipeline;
 }
@@ -191,9 +196,9 @@ void UpdatePipeline::start_reads(std::unique_ptr<Chunk> chunk) {
     }
   }
   if (!readable) {
-    end_chunk(std::move(chunk),
-              Status::error(Code::kInvalid, "parameters or gradients of an update were never "
-                                            "written to the swap file"));
+    end_chunk(std::move(chunk), Status::error(Code::kInvalid,
+                                              "parameters or gradients of an update were never "
+                                              "written to the swap file"));
     return;
   }
   if (reads.empty()) {
@@ -225,11 +230,11 @@ void UpdatePipeline::update(std::unique_ptr<Chunk> chunk) {
     const std::uint64_t from = std::max(s.begin, base);
     const std::uint64_t to = std::min(s.end, chunk->last());
     if (from >= to) continue;
-    adamw_update(s.hyper, {s.factors.data(), s.factors.size()},
-                 at(chunk->in[Chunk::kParam], from), at(chunk->in[Chunk::kGrad], from),
-                 at(chunk->in[Chunk::kExpAvg], from), at(chunk->in[Chunk::kExpAvgSq], from),
-                 at(chunk->out[Chunk::kParam], from), at(chunk->out[Chunk::kExpAvg], from),
-                 at(chunk->out[Chunk::kExpAvgSq], from), to - from);
+    adamw_update(s.hyper, {s.factors.data(), s.factors.size()}, at(chunk->in[Chunk::kParam], from),
+                 at(chunk->in[Chunk::kGrad], from), at(chunk->in[Chunk::kExpAvg], from),
+                 at(chunk->in[Chunk::kExpAvgSq], from), at(chunk->out[Chunk::kParam], from),
+                 at(chunk->out[Chunk::kExpAvg], from), at(chunk->out[Chunk::kExpAvgSq], from),
+                 to - from);
   }
   const auto spent = std::chrono::steady_clock::now() - begun;
   std::vector<SwapStore::Range> writes;
@@ -333,9 +338,9 @@ Status UpdatePipeline::close() {
     closing_ = true;
     changed_.notify_all();
   }
-  for (std::thread& thread : threads_) {
-    if (thread.joinable()) thread.join();
-  }
+  std::call_once(joined_, [this] {
+    for (EngineThread& thread : threads_) thread.join();
+  });
   std::lock_guard<std::mutex> lock(mutex_);
   return error_;
 }

@@ -11,10 +11,12 @@
 //  2. update. With every operand in memory this is in place and the chunk is done.
 //  3. otherwise results go to the staging set, and one all-or-nothing write replaces the operands
 //     on disk; only when it succeeded are the results copied over the operands in memory.
-// So a chunk is updated wholly or not at all. After the first failure no further chunk starts, the
-// failed job and every later one end with that error, and what they did not reach is unchanged.
+// So a chunk is updated wholly or not at all. After the first failure no further chunk starts; the
+// failed job, and every later one that had chunks left to start, end with that error, and what they
+// did not reach is unchanged.
 //
-// Thread-safe. A job keeps its leases until it is done.
+// Thread-safe. A job keeps its leases until it is done. REQUIRES: jobs in flight at once share no
+// operand (their chunks overlap in time).
 #pragma once
 
 #include <condition_variable>
@@ -23,10 +25,10 @@
 #include <deque>
 #include <memory>
 #include <mutex>
-#include <thread>
 #include <vector>
 
 #include "base/status.h"
+#include "io/engine_thread.h"
 #include "mem/host_arena.h"
 #include "optim/adamw.h"
 #include "store/swap_store.h"
@@ -94,28 +96,29 @@ class UpdatePipeline {
 
   UpdatePipeline(std::shared_ptr<SwapStore> store, Options options);
   void work();
-  bool can_start() const;                         // REQUIRES: mutex_ held
-  std::unique_ptr<Chunk> next_chunk();            // REQUIRES: mutex_ held and can_start()
+  bool can_start() const;               // REQUIRES: mutex_ held
+  std::unique_ptr<Chunk> next_chunk();  // REQUIRES: mutex_ held and can_start()
   void start_reads(std::unique_ptr<Chunk> chunk);
   void update(std::unique_ptr<Chunk> chunk);
-  void publish(std::unique_ptr<Chunk> chunk);     // after its writes; copies results to memory
+  void publish(std::unique_ptr<Chunk> chunk);  // after its writes; copies results to memory
   void end_chunk(std::unique_ptr<Chunk> chunk, const Status& status);
   void end_unreachable_jobs(std::vector<std::shared_ptr<Job>>& ended);  // REQUIRES: mutex_ held
 
   const std::shared_ptr<SwapStore> store_;
   const Options options_;
   Lease staging_;
-  std::vector<std::thread> threads_;  // set by create(), joined by close()
+  std::vector<EngineThread> threads_;  // set by create(), joined by close()
+  std::once_flag joined_;
 
   mutable std::mutex mutex_;  // guards all below
   std::condition_variable changed_;
   bool closing_ = false;
-  Status error_;                                 // sticky
-  std::deque<std::shared_ptr<Job>> jobs_;        // with chunks not started yet
-  std::deque<std::unique_ptr<Chunk>> ready_;     // read, to be updated
-  std::deque<std::unique_ptr<Chunk>> written_;   // written, to be published
+  Status error_;                                // sticky
+  std::deque<std::shared_ptr<Job>> jobs_;       // with chunks not started yet
+  std::deque<std::unique_ptr<Chunk>> ready_;    // read, to be updated
+  std::deque<std::unique_ptr<Chunk>> written_;  // written, to be published
   std::vector<std::byte*> free_staging_;
-  std::uint64_t chunks_open_ = 0;                // started, not ended
+  std::uint64_t chunks_open_ = 0;  // started, not ended
   Stats stats_;
 };
 

@@ -14,7 +14,7 @@ from offload.optim.aten_rounding import aten_rounding
 from offload.optim.dense import update_dense
 from offload.tiers.context import RuntimeContext
 from offload.tiers.grad_handle import GradHandle
-from offload.tiers.unit import OffloadedParam, Unit
+from offload.tiers.unit import OffloadedParam, Unit, owner_of
 
 Params = Iterable[torch.Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, torch.Tensor]]
 
@@ -113,7 +113,7 @@ class AdamW(Optimizer):
                     state["step"] = torch.tensor(0.0)
                 state["step"] += 1
                 hyper = self._hyper(group, state["step"].item())
-                owner = getattr(param, "_offloaded", None)
+                owner = owner_of(param)
                 if owner is None:
                     update_dense(hyper, param, param.grad, state)
                 else:
@@ -164,12 +164,8 @@ class AdamW(Optimizer):
 
     def _offloaded_params(self) -> list[OffloadedParam]:
         """Offloaded parameters that have state, in the order of the param groups."""
-        return [
-            param._offloaded
-            for group in self.param_groups
-            for param in group["params"]
-            if hasattr(param, "_offloaded") and self.state.get(param)
-        ]
+        params = [p for group in self.param_groups for p in group["params"] if self.state.get(p)]
+        return [owner for owner in map(owner_of, params) if owner is not None]
 
     def _refuse_sparse(self) -> None:
         for group in self.param_groups:

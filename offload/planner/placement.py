@@ -17,6 +17,10 @@ from offload.planner.spec import Placement, Plan, UnitSpec
 # Of a disk whose rates were not measured: time of a written byte, as a fraction of a read one's.
 _WRITE_TIME = 0.5
 
+SMALL_BYTES = 64 << 10
+"""Units up to this size (norms, biases) are never spilled: a transfer of them costs a request and
+saves next to nothing."""
+
 STAGING_SET_BYTES = 4 << 20
 _LEAST_STAGING_SETS = 2
 _MOST_STAGING_SETS = 8
@@ -32,12 +36,9 @@ def smallest_budget(units: Sequence[UnitSpec], swap: bool) -> int:
     everything = _everything(units)
     if not swap:
         return everything
-    spilled = (
-        _nested_bytes(units)
-        + _LEAST_STAGING_SETS * STAGING_SET_BYTES
-        + _least_ring(units)
-    )
-    return min(everything, spilled)
+    spillable = [u for u in units if not _is_kept(u)]
+    staging = _LEAST_STAGING_SETS * STAGING_SET_BYTES
+    return min(everything, _kept_bytes(units) + staging + _least_ring(spillable))
 
 
 def place(units: Sequence[UnitSpec], budget_bytes: int, swap: bool) -> Plan:
@@ -60,30 +61,31 @@ def place(units: Sequence[UnitSpec], budget_bytes: int, swap: bool) -> Plan:
     staging_sets = min(
         _MOST_STAGING_SETS, max(_LEAST_STAGING_SETS, budget_bytes // 32 // STAGING_SET_BYTES)
     )
-    flat = [u for u in units if not u.nested]
+    flat = [u for u in units if not _is_kept(u)]
     values = sum(u.param_bytes + u.grad_bytes for u in flat)
-    left = budget_bytes - _nested_bytes(units) - staging_sets * STAGING_SET_BYTES
-    if left < _least_ring(units):
+    left = budget_bytes - _kept_bytes(units) - staging_sets * STAGING_SET_BYTES
+    if left < _least_ring(flat):
         staging_sets = _LEAST_STAGING_SETS
-        left = budget_bytes - _nested_bytes(units) - staging_sets * STAGING_SET_BYTES
-    largest = max(_largest(units))
+        left = budget_bytes - _kept_bytes(units) - staging_sets * STAGING_SET_BYTES
+    largest = max(_largest(flat))
     if left >= values + largest:  # the ring serves to read optimizer state out
         ring, pins = largest, {(i, kind) for i in range(len(units)) for kind in ("param", "grad")}
         left -= values + largest
     else:
-        ring = max(_least_ring(units), min(_good_ring(flat), left // 2))
+        ring = max(_least_ring(flat), min(_good_ring(flat), left // 2))
         pins, left = _pin_values(units, left - ring)
         ring += left
         left = 0
     placements = []
     for i, unit in enumerate(units):
-        pin_state = 0 < 2 * unit.grad_bytes <= left
-        left -= 2 * unit.grad_bytes if pin_state else 0
+        kept = _is_kept(unit)
+        pin_state = kept or 0 < 2 * unit.grad_bytes <= left
+        left -= 2 * unit.grad_bytes if pin_state and not kept else 0
         placements.append(
             Placement(
                 unit,
-                pin_params=unit.nested or (i, "param") in pins,
-                pin_grads=unit.nested or (i, "grad") in pins or unit.grad_bytes == 0,
+                pin_params=kept or (i, "param") in pins,
+                pin_grads=kept or (i, "grad") in pins or unit.grad_bytes == 0,
                 pin_state=pin_state or unit.grad_bytes == 0,
             )
         )
@@ -96,8 +98,13 @@ def _everything(units: Sequence[UnitSpec]) -> int:
     return sum(u.param_bytes + 3 * u.grad_bytes for u in units)
 
 
-def _nested_bytes(units: Sequence[UnitSpec]) -> int:
-    return sum(u.param_bytes + u.grad_bytes for u in units if u.nested)
+def _is_kept(unit: UnitSpec) -> bool:
+    return unit.nested or unit.param_bytes <= SMALL_BYTES
+
+
+def _kept_bytes(units: Sequence[UnitSpec]) -> int:
+    """Host memory of units that are never spilled, their optimizer state included."""
+    return sum(u.param_bytes + 3 * u.grad_bytes for u in units if _is_kept(u))
 
 
 def _largest(units: Sequence[UnitSpec]) -> tuple[int, int]:
@@ -109,11 +116,10 @@ def _least_ring(units: Sequence[UnitSpec]) -> int:
     """Bytes in which the largest unit can be used wherever another slab lies.
 
     At the most one other slab is held while one is placed; around it, one of two gaps has half of
-    what is left. Hence both slabs of the largest unit, and the larger of them once more. Nested
-    units have no slabs there, but their optimizer state is read out through it.
+    what is left. Hence both slabs of the largest unit, and the larger of them once more.
     """
-    params, grads = _largest([u for u in units if not u.nested])
-    return max(params + grads + max(params, grads), _largest(units)[1])
+    params, grads = _largest(units)
+    return params + grads + max(params, grads)
 
 
 def _good_ring(units: Sequence[UnitSpec]) -> int:
@@ -127,7 +133,7 @@ def _pin_values(units: Sequence[UnitSpec], room: int) -> tuple[set[tuple[int, st
 
     Returns the choice and the bytes left over.
     """
-    flat = [(i, u) for i, u in enumerate(units) if not u.nested]
+    flat = [(i, u) for i, u in enumerate(units) if not _is_kept(u)]
     params = sum(u.param_bytes for _, u in flat)
     grads = sum(u.grad_bytes for _, u in flat)
     streamed = params + grads - room

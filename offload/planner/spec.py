@@ -15,7 +15,7 @@ class UnitSpec:
         grad_bytes: of the slab with all gradients; 0 when the unit is frozen. Each of the two
             moments of AdamW takes the same.
         nested: the unit's module contains other units, so it stays in use while they come and go;
-            its parameters and gradients are never spilled.
+            nothing of it is ever spilled.
     """
 
     name: str

@@ -10,6 +10,7 @@ Protocol of a parameter's gradient:
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -33,24 +34,34 @@ class BackwardHooks:
     def add(self, param: OffloadedParam) -> None:
         """Catch the gradients of `param`, which is attached and requires grad."""
 
+        # Autograd holds these functions where the garbage collector cannot see it: with strong
+        # references a dropped model would never be freed.
+        hooks, owner = weakref.ref(self), weakref.ref(param)
+
         def before(grads: Any) -> None:
-            with self._context.lock:
-                self._take_earlier(param)
+            this, param = hooks(), owner()
+            if this is not None and param is not None:
+                with this._context.lock:
+                    this._take_earlier(param)
 
         def after(tensor: torch.Tensor) -> None:
-            with self._context.lock:
-                self._store(param)
+            this, param = hooks(), owner()
+            if this is not None and param is not None:
+                with this._context.lock:
+                    this._store(param)
 
         with torch.enable_grad():
-            node = param.param.view_as(param.param).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
+            view: Any = param.param.view_as(param.param)
+        node = view.grad_fn.next_functions[0][0]
         param.accumulate_grad = node
         self.handles.append(node.register_prehook(before))
-        self.handles.append(param.param.register_post_accumulate_grad_hook(after))
+        register: Any = param.param.register_post_accumulate_grad_hook
+        self.handles.append(register(after))
 
     def on_backward(self) -> None:
         """Called when a backward pass first needs something of the model."""
         if not self._waiting_for_end and torch._C._current_graph_task_id() != -1:
-            engine = torch.autograd.Variable._execution_engine  # type: ignore[attr-defined]
+            engine = torch.autograd.Variable._execution_engine
             engine.queue_callback(self._end)
             self._waiting_for_end = True
 

@@ -98,7 +98,7 @@ class SavedTensorHooks:
         return _SlabReference(
             param,
             param.unit.version,
-            tensor.storage_offset(),
+            int(tensor.storage_offset()),
             tuple(tensor.shape),
             tensor.stride(),
             tensor.dtype,

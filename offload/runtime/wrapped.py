@@ -112,7 +112,7 @@ class WrappedModel:
                     param.param.__class__ = nn.Parameter  # type: ignore[assignment]
                 param.param.grad = None
                 param.param.data = copy
-                del param.param._offloaded  # type: ignore[attr-defined]
+                param.let_go()
             unit.attached = False
             self.context.mover.forget(unit.param_slab)
 
@@ -166,8 +166,17 @@ def _make_context(policy: Policy, plan: Plan) -> RuntimeContext:
     if plan.spills:
         if policy.swap_path is None:
             raise OffloadError("the plan spills without a swap directory (internal error)")
-        _check_directory(policy.swap_path)
         store = _native.SwapStore(policy.swap_path, policy.io_engine, policy.queue_depth)
+    try:
+        return _fill_context(policy, plan, store)
+    except BaseException:
+        if store is not None:
+            store.close()  # the exception may be kept, and the file with it
+        raise
+
+
+def _fill_context(policy: Policy, plan: Plan, store: _native.SwapStore | None) -> RuntimeContext:
+    if store is not None:
         block = _native.SwapStore.block_bytes
         objects = sum(
             (not p.pin_params) + (not p.pin_grads) + 2 * (not p.pin_state) for p in plan.placements
@@ -187,13 +196,6 @@ def _make_context(policy: Policy, plan: Plan) -> RuntimeContext:
     threads = 1 if plan.spills else len(os.sched_getaffinity(0))
     pipeline = _native.UpdatePipeline(store, home, plan.staging_sets, threads)
     return RuntimeContext(policy, plan, Mover(home, ring, store), pipeline)
-
-
-def _check_directory(path: str) -> None:
-    if not Path(path).is_dir():
-        raise SwapSpaceError(
-            2, f"Policy(swap_dir={path!r}) is not a directory; create it on the disk to spill to"
-        )
 
 
 def _refuse_copy(memo: Any) -> NoReturn:
@@ -237,5 +239,3 @@ def wrapped(model: nn.Module) -> WrappedModel:
     if not isinstance(runtime, WrappedModel):
         raise OffloadError("this model is not wrapped; call offload.wrap(model, policy) first")
     return runtime
-
-

@@ -82,7 +82,7 @@ class RuntimeContext:
         self.mover.hold_new(unit.param_slab)
         for param in unit.params:
             param.view(unit.param_slab).copy_(param.param.detach())
-            param.param._offloaded = param  # type: ignore[attr-defined]
+            param.take_over()
             self._point(param)
         unit.attached = True
         self._note_version(unit)
@@ -189,9 +189,10 @@ class RuntimeContext:
     def _note_changes(self, unit: Unit) -> None:
         """See whether the user changed the parameters while they were attached."""
         version = sum(p.param._version for p in unit.params)
-        replaced = [p for p in unit.params if p.param.data_ptr() != p.view(unit.param_slab).data_ptr()]
+        slab = unit.param_slab
+        replaced = [p for p in unit.params if p.param.data_ptr() != p.view(slab).data_ptr()]
         for param in replaced:  # by assigning to .data
-            param.view(unit.param_slab).copy_(param.param.data)
+            param.view(slab).copy_(param.param.data)
         if replaced or version != unit.seen_version:
             unit.seen_version = version
             unit.version += 1
@@ -308,9 +309,9 @@ class RuntimeContext:
         for slab in slabs:
             self.mover.settle(slab)
         self.detach(unit)
-        operands = [self._operand(slab) for slab in slabs]
+        param, grad, exp_avg, exp_avg_sq = (self._operand(slab) for slab in slabs)
         numel = unit.grad_bytes // 4
-        unit.update = self.pipeline.submit(numel, *operands, segments)
+        unit.update = self.pipeline.submit(numel, param, grad, exp_avg, exp_avg_sq, segments)
         unit.version += 1
         unit.update_locks = slabs
         for slab in slabs:
@@ -327,7 +328,8 @@ class RuntimeContext:
     def in_order_of_use(self, units: list[Unit]) -> list[Unit]:
         """Sort units by when they are needed next, as far as that is known."""
         later = len(self.units) + LOOKAHEAD
-        position = {use.unit: i for i, use in reversed(list(enumerate(self.trace.future(LOOKAHEAD))))}
+        ahead = list(enumerate(self.trace.future(LOOKAHEAD)))
+        position = {use.unit: i for i, use in reversed(ahead)}
         return sorted(units, key=lambda unit: (position.get(unit.index, later), unit.index))
 
     def settle(self, unit: Unit) -> None:
@@ -354,7 +356,7 @@ class RuntimeContext:
             self.settle(unit)
 
     def _relieve(self) -> bool:
-        """Make a user of memory let go: an update by waiting, a backward by fetching again later."""
+        """Make a user of memory let go: an update by waiting, a backward by fetching later."""
         for unit in self.updating:
             self.settle(unit)
             return True

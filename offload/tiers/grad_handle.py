@@ -71,12 +71,12 @@ class GradState:
         """Return ``torch.linalg.vector_norm(gradient, order)``, a 0-dim tensor."""
         self._check()
         if self.factors or self.zero or self.real is not None:
-            return torch.linalg.vector_norm(self.materialize(), order)
+            norm: torch.Tensor = torch.linalg.vector_norm(self.materialize(), order)
+            return norm
         if order not in self.norms:
             self.owner.context.norm_orders.add(order)
             self.norms[order] = torch.linalg.vector_norm(self._view(), order)
-        norm: torch.Tensor = self.norms[order].clone()
-        return norm
+        return self.norms[order].clone()
 
     def note_norms(self, view: torch.Tensor, orders: set[float]) -> None:
         """Compute the norms of the bytes while they are in memory."""

@@ -165,10 +165,12 @@ class Mover:
             victim = self._victim(farther_than)
             if victim is not None:
                 self._evict(victim)
-            elif farther_than is not None:
+            elif farther_than is not None or not self._make_room():
                 return None
-            elif not (self._await_transfer() or self._send_dirty() or self.relieve()):
-                return None
+
+    def _make_room(self) -> bool:
+        """Wait for, or cause, a slab that can be given up; False when there is no way."""
+        return self._await_transfer() or self._send_dirty() or self.relieve()
 
     def _victim(self, farther_than: int | None) -> Slab | None:
         """The slab to give up: held by nobody, clean or unwanted, needed last."""

@@ -1,10 +1,10 @@
 """touch(): what happens when code uses a parameter whose bytes are not in memory.
 
- 1. Questions about the parameter (shape, dtype, grad, hooks) are answered as they are.
- 2. Inside the forward of a hooked module, its unit is fetched and stays until that module's
-    forward ends: this is how a weight used outside of its own module is found.
- 3. Elsewhere its unit is fetched for the one call. Results that would share memory with the slab
-    are refused, since the slab may leave at any time; ``clone()`` is always possible.
+1. Questions about the parameter (shape, dtype, grad, hooks) are answered as they are.
+2. Inside the forward of a hooked module, its unit is fetched and stays until that module's
+   forward ends: this is how a weight used outside of its own module is found.
+3. Elsewhere its unit is fetched for the one call. Results that would share memory with the slab
+   are refused, since the slab may leave at any time; ``clone()`` is always possible.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_iter, tree_map
 
 from offload.errors import SpilledTensorError
 from offload.tiers.context import RuntimeContext
-from offload.tiers.unit import OffloadedParam, SpilledParameter, Unit
+from offload.tiers.unit import OffloadedParam, SpilledParameter, Unit, owner_of
 from offload.trace import Phase
 
 _T = torch.Tensor
@@ -25,28 +25,36 @@ _T = torch.Tensor
 def _attribute(name: str) -> list[Any]:
     """The getter and setter functions of a tensor attribute, as torch functions see them."""
     descriptor = getattr(_T, name)
-    return [f for f in (getattr(descriptor, "__get__", None), getattr(descriptor, "__set__", None))]
+    return [getattr(descriptor, "__get__", None), getattr(descriptor, "__set__", None)]
 
 
 _ABOUT = {
     function
     for name in (
-        "shape dtype device layout requires_grad grad grad_fn is_leaf names ndim itemsize nbytes "
-        "is_sparse is_cuda is_cpu is_meta is_quantized is_nested is_mkldnn is_mps is_xpu "
-        "_version _backward_hooks output_nr retains_grad volatile name"
-    ).split()
+        *("shape", "dtype", "device", "layout", "requires_grad", "grad", "grad_fn", "is_leaf"),
+        *("names", "ndim", "itemsize", "nbytes", "is_sparse", "is_cuda", "is_cpu", "is_meta"),
+        *("is_quantized", "is_nested", "is_mkldnn", "is_mps", "is_xpu", "_version"),
+        *("_backward_hooks", "output_nr", "retains_grad", "volatile", "name"),
+    )
     if hasattr(_T, name)
     for function in _attribute(name)
 } | {
     getattr(_T, name)
     for name in (
-        "size dim numel nelement element_size is_floating_point is_complex is_signed "
-        "requires_grad_ register_hook register_post_accumulate_grad_hook __len__ __hash__ "
-        "is_shared get_device type _is_view is_inference has_names is_conj is_neg"
-    ).split()
+        *("size", "dim", "numel", "nelement", "element_size", "is_floating_point", "is_complex"),
+        *("is_signed", "requires_grad_", "register_hook", "register_post_accumulate_grad_hook"),
+        *("__len__", "__hash__", "is_shared", "get_device", "type", "_is_view", "is_inference"),
+        *("has_names", "is_conj", "is_neg"),
+    )
     if hasattr(_T, name)
 }
-_ABOUT |= {torch.numel, torch.is_floating_point, torch.is_complex, torch.is_conj, torch.is_same_size}
+_ABOUT |= {
+    torch.numel,
+    torch.is_floating_point,
+    torch.is_complex,
+    torch.is_conj,
+    torch.is_same_size,
+}
 
 _NEEDS_MEMORY = {
     getattr(_T, name)
@@ -65,11 +73,12 @@ def touch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return _plainly(func, args, kwargs)
     if func is torch.autograd.grad:
         return func(*tree_map(_edge, args), **tree_map(_edge, kwargs))
-    params = {
-        value._offloaded: None
-        for value in tree_iter((args, kwargs))
-        if isinstance(value, SpilledParameter)
-    }
+    params: dict[OffloadedParam, None] = {}
+    for value in tree_iter((args, kwargs)):
+        if isinstance(value, SpilledParameter):
+            owner = owner_of(value)
+            assert owner is not None  # the class is only given to parameters that have one
+            params[owner] = None
     first = next(iter(params))
     if func is _T.stride:
         return _of_strides(first, args, kwargs)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from offload.errors import SpilledTensorError
 from offload.tiers.grad_handle import GradHandle, GradState
 from offload.tiers.slab import Slab
 
@@ -25,14 +27,33 @@ class SpilledParameter(torch.nn.Parameter):
     raises. The parameter is the same object all the time: only its class and ``.data`` change.
     """
 
-    _offloaded: OffloadedParam
-
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run `func` with the spilled parameters among its arguments brought to memory."""
         from offload.tiers.touch import touch
 
         return touch(func, args, kwargs or {})
+
+
+_OWNER = "_offload_owner"
+
+
+def owner_of(param: torch.Tensor) -> OffloadedParam | None:
+    """Return what a wrapped model knows of `param`; None when it belongs to no wrapped model.
+
+    Raises:
+        SpilledTensorError: the model no longer exists, and the parameter's bytes with it.
+    """
+    reference: weakref.ref[OffloadedParam] | None = getattr(param, _OWNER, None)
+    if reference is None:
+        return None
+    owner = reference()
+    if owner is None:
+        raise SpilledTensorError(
+            "the wrapped model that this parameter belongs to was dropped; keep a reference to "
+            "the model, or offload.unwrap() it"
+        )
+    return owner
 
 
 class OffloadedParam:
@@ -60,6 +81,19 @@ class OffloadedParam:
         self.trainable = param.requires_grad
         self.placeholder = _scalar(param.dtype).expand(self.shape)
         self.accumulate_grad: Any = None  # keeps the node, and with it our hook, alive
+
+    def take_over(self) -> None:
+        """Make owner_of(param) find this object.
+
+        A weak reference: this object keeps an autograd node, which keeps the parameter, where the
+        garbage collector cannot see it.
+        """
+        setattr(self.param, _OWNER, weakref.ref(self))
+
+    def let_go(self) -> None:
+        """Undo take_over()."""
+        self.accumulate_grad = None
+        delattr(self.param, _OWNER)
 
     def view(self, slab: Slab) -> torch.Tensor:
         """Return this parameter's part of one of its unit's slabs."""

@@ -48,9 +48,8 @@ TEST_CASE_TEMPLATE("an EINTR storm ends in success, an endless one in an error",
   TestFile file(kPageBytes);
   Buffer buffer(kPageBytes);
   unsigned storm = 500;
-  Faults faults(kPageBytes, [&](unsigned n) {
-    return Faults::Fault{n < storm ? EINTR : 0, false};
-  });
+  Faults faults(kPageBytes,
+                [&](unsigned n) { return Faults::Fault{n < storm ? EINTR : 0, false}; });
   ScopedSyscallHooks scope(faults);
   auto engine = make<Factory>();
   if (!engine) return;

@@ -223,7 +223,7 @@ def test_frozen_parameters_are_never_written(tmp_path: Path) -> None:
 
     loop = t.Loop(steps=3)
     expected = t.plain(make, loop)
-    model = t.wrapped(make, tmp_path, 10 << 20)
+    model = t.wrapped(make, tmp_path, 11 << 20)
     start = offload.report(model).as_dict()["disk_write_bytes"]
     outcome = t.train(model, offload.AdamW(t.groups(model), lr=1e-2, weight_decay=0.1), loop)
     t.assert_same(expected, outcome)

@@ -1,0 +1,458 @@
+// SwapStore: round trips, versions, space, corruption, closing; on every engine.
+#include "store/swap_store.h"
+
+#include <fcntl.h>
+#include <unistd.h>
+
+#include <array>
+#include <cerrno>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "doctest/doctest.h"
+#include "io_testing.h"
+#include "store_testing.h"
+#include "sys/unique_fd.h"
+#include "temp_dir.h"
+
+namespace offload {
+namespace {
+
+using Range = SwapStore::Range;
+
+// A buffer of `nbytes` random bytes; the rest of its last page is zero.
+std::unique_ptr<Buffer> random_bytes(std::uint64_t nbytes, unsigned seed) {
+  auto buffer = std::make_unique<Buffer>(align_up(nbytes, kPageBytes));
+  std::mt19937_64 random(seed);
+  fill_random(buffer->get(), align_up(nbytes, 8), random);
+  std::memset(buffer->get() + nbytes, 0, align_up(nbytes, kPageBytes) - nbytes);
+  return buffer;
+}
+
+bool reads_as(SwapStore& store, ObjectId object, const Buffer& expected, std::uint64_t nbytes) {
+  const Buffer actual(nbytes);
+  std::memset(actual.get(), 0xEE, nbytes);
+  const Status status = read_now(store, {{object, 0, actual.get(), nbytes}});
+  INFO(status.to_string());
+  CHECK(status.is_ok());
+  return status.is_ok() && std::memcmp(actual.get(), expected.get(), nbytes) == 0;
+}
+
+void must_write(SwapStore& store, ObjectId object, const Buffer& bytes, std::uint64_t nbytes) {
+  const Status status = write_now(store, {{object, 0, bytes.get(), nbytes}});
+  REQUIRE_MESSAGE(status.is_ok(), status.to_string());
+}
+
+bool contains(const std::string& text, const std::string& part) {
+  return text.find(part) != std::string::npos;
+}
+
+}  // namespace
+
+TEST_CASE_TEMPLATE("SwapStore gives back what was written, at every size", Engine,
+                   OFFLOAD_STORE_ENGINES) {
+  TempDir dir;
+  auto store = open_store<Engine>(dir, 16 * kBlock, 4 * kBlock);
+  if (!store) return;
+  CHECK(dir.empty());
+  std::vector<std::pair<ObjectId, std::uint64_t>> objects;
+  unsigned seed = 0;
+  for (const std::uint64_t nbytes : {std::uint64_t{1}, std::uint64_t{4097}, kBlock - 1, kBlock,
+                                     kBlock + 1, 3 * kBlock + 12345}) {
+    CAPTURE(nbytes);
+    objects.emplace_back(create_object(*store, nbytes), nbytes);
+    for (const unsigned version : {100u, 200u}) {
+      const auto bytes = random_bytes(nbytes, version + seed);
+      must_write(*store, objects.back().first, *bytes, nbytes);
+      CHECK(reads_as(*store, objects.back().first, *bytes, nbytes));
+    }
+    ++seed;
+  }
+  // Nothing overwrote anything of another object.
+  for (unsigned i = 0; i < objects.size(); ++i) {
+    const auto bytes = random_bytes(objects[i].second, 200 + i);
+    CHECK(reads_as(*store, objects[i].first, *bytes, objects[i].second));
+  }
+  CHECK(store->stats().free_slots == 20 - 10);
+  for (const auto& [object, nbytes] : objects) CHECK(store->remove(object).is_ok());
+  CHECK(store->stats().free_slots == 20);
+  CHECK(store->stats().objects == 0);
+  CHECK(store->close().is_ok());
+  CHECK(dir.empty());
+}
+
+TEST_CASE_TEMPLATE("SwapStore moves single blocks and several objects at once", Engine,
+                   OFFLOAD_STORE_ENGINES) {
+  TempDir dir;
+  auto store = open_store<Engine>(dir, 5 * kBlock, 5 * kBlock);
+  if (!store) return;
+  const ObjectId big = create_object(*store, 2 * kBlock + 10);
+  const ObjectId small = create_object(*store, 100);
+  const auto a = random_bytes(2 * kBlock + 10, 1);
+  const auto b = random_bytes(100, 2);
+  // The blocks in the wrong order, with another object between them.
+  REQUIRE(write_now(*store, {{big, 2 * kBlock, a->get() + 2 * kBlock, 10},
+                             {small, 0, b->get(), 100},
+                             {big, 0, a->get(), 2 * kBlock}})
+              .is_ok());
+  CHECK(reads_as(*store, big, *a, 2 * kBlock + 10));
+  CHECK(reads_as(*store, small, *b, 100));
+  const auto middle = random_bytes(kBlock, 3);
+  REQUIRE(write_now(*store, {{big, kBlock, middle->get(), kBlock}}).is_ok());
+  std::memcpy(a->get() + kBlock, middle->get(), kBlock);
+  CHECK(reads_as(*store, big, *a, 2 * kBlock + 10));
+  const Buffer tail(10);
+  CHECK(read_now(*store, {{big, 2 * kBlock, tail.get(), 10}}).is_ok());
+  CHECK(std::memcmp(tail.get(), a->get() + 2 * kBlock, 10) == 0);
+}
+
+TEST_CASE_TEMPLATE("SwapStore refuses to read what was never written, and starts nothing", Engine,
+                   OFFLOAD_STORE_ENGINES) {
+  TempDir dir;
+  auto store = open_store<Engine>(dir, 3 * kBlock, kBlock);
+  if (!store) return;
+  const ObjectId object = create_object(*store, 2 * kBlock);
+  const Buffer buffer(2 * kBlock);
+  REQUIRE(write_now(*store, {{object, 0, buffer.get(), kBlock}}).is_ok());
+  CHECK(store->written(object, kBlock - 1).value());
+  CHECK_FALSE(store->written(object, kBlock).value());
+  const IoCounters before = store->stats().io;
+  Pending pending;
+  const Status status = store->read({{object, 0, buffer.get(), 2 * kBlock}}, IoPriority::kDemand,
+                                    pending.completion());
+  CHECK(status.code() == Code::kInvalid);
+  CHECK(store->close().is_ok());
+  CHECK(pending.calls() == 0);
+  CHECK(store->stats().io.requests == before.requests);
+}
+
+TEST_CASE_TEMPLATE("SwapStore refuses ranges that are not whole blocks of an object", Engine,
+                   OFFLOAD_STORE_ENGINES) {
+  TempDir dir;
+  auto store = open_store<Engine>(dir, 4 * kBlock, 4 * kBlock);
+  if (!store) return;
+  constexpr std::uint64_t kNbytes = 2 * kBlock + 100;
+  const ObjectId object = create_object(*store, kNbytes);
+  const auto bytes = random_bytes(kNbytes, 1);
+  must_write(*store, object, *bytes, kNbytes);
+  const SwapStore::Stats before = store->stats();
+  constexpr std::uint64_t kMost = std::numeric_limits<std::uint64_t>::max();
+  std::byte* at = bytes->get();
+  for (const Range& bad : std::vector<Range>{
+           {object, 0, at, 0},                            // nothing
+           {object, 4096, at, kBlock},                    // starts inside a block
+           {object, 0, at, kBlock + 100},                 // ends inside a block
+           {object, 2 * kBlock, at, 99},                  // likewise, the last one
+           {object, 2 * kBlock, at, kBlock},              // beyond the end
+           {object, 3 * kBlock, at, kBlock},              // wholly beyond it
+           {object, kBlock, at, kMost - kBlock + 1},      // the end overflows to 0
+           {object, 2 * kBlock, at, kMost - kBlock + 1},  // and to less than the offset
+           {object, 0, at + 1, kNbytes},                  // not aligned
+           {object, 0, nullptr, kNbytes},
+           {object + 1, 0, at, kBlock},  // no such object
+           {kNoObject, 0, at, kBlock},
+       }) {
+    CAPTURE(bad.offset);
+    CAPTURE(bad.nbytes);
+    // A good range ahead of a bad one is not started either.
+    CHECK(write_now(*store, {{object, 0, at, kBlock}, bad}).code() == Code::kInvalid);
+    CHECK(read_now(*store, {bad}).code() == Code::kInvalid);
+  }
+  CHECK(write_now(*store, {}).code() == Code::kInvalid);
+  CHECK(read_now(*store, {}).code() == Code::kInvalid);
+  CHECK(store->written(object, kNbytes).status().code() == Code::kInvalid);
+  CHECK(store->written(object + 1, 0).status().code() == Code::kInvalid);
+  CHECK(store->remove(object + 1).code() == Code::kInvalid);
+  CHECK(store->create(0).status().code() == Code::kInvalid);
+  CHECK(store->stats().free_slots == before.free_slots);
+  CHECK(store->stats().io.requests == before.io.requests);
+  CHECK(reads_as(*store, object, *bytes, kNbytes));
+}
+
+TEST_CASE_TEMPLATE("SwapStore refuses a second write of a block in flight, and its removal", Engine,
+                   OFFLOAD_STORE_ENGINES) {
+  TempDir dir;
+  auto store = open_store<Engine>(dir, 3 * kBlock, 3 * kBlock);
+  if (!store) return;
+  const ObjectId object = create_object(*store, 2 * kBlock);
+  const auto first = random_bytes(2 * kBlock, 1);
+  const auto second = random_bytes(2 * kBlock, 2);
+  must_write(*store, object, *first, 2 * kBlock);
+  Gate gate(IoOp::kWrite);
+  Pending slow;
+  REQUIRE(store
+              ->write({{object, 0, second->get(), 2 * kBlock}}, IoPriority::kBackground,
+                      slow.completion())
+              .is_ok());
+  gate.wait_for_operation();
+  CHECK(write_now(*store, {{object, kBlock, first->get(), kBlock}}).code() == Code::kInvalid);
+  CHECK(store->remove(object).code() == Code::kInvalid);
+  CHECK(reads_as(*store, object, *first, 2 * kBlock));  // the old version while it is replaced
+  CHECK(slow.calls() == 0);
+  gate.open();
+  CHECK(slow.wait().is_ok());
+  CHECK(reads_as(*store, object, *second, 2 * kBlock));
+  CHECK(store->remove(object).is_ok());
+  CHECK(store->stats().free_slots == 6);
+}
+
+TEST_CASE_TEMPLATE("SwapStore refuses one block twice in one write", Engine,
+                   OFFLOAD_STORE_ENGINES) {
+  TempDir dir;
+  auto store = open_store<Engine>(dir, 3 * kBlock, 6 * kBlock);
+  if (!store) return;
+  const ObjectId object = create_object(*store, 3 * kBlock);
+  const auto bytes = random_bytes(3 * kBlock, 1);
+  const std::uint64_t free_slots = store->stats().free_slots;
+  CHECK(write_now(*store, {{object, 2 * kBlock, bytes->get(), kBlock},
+                           {object, 0, bytes->get(), kBlock},
+                           {object, kBlock, bytes->get(), 2 * kBlock}})
+            .code() == Code::kInvalid);
+  CHECK(store->stats().free_slots == free_slots);
+  CHECK_FALSE(store->written(object, 0).value());
+  must_write(*store, object, *bytes, 3 * kBlock);  // nothing is left marked as being written
+  // Reads may share a block.
+  const Buffer a(kBlock);
+  const Buffer b(kBlock);
+  CHECK(read_now(*store, {{object, 0, a.get(), kBlock}, {object, 0, b.get(), kBlock}}).is_ok());
+  CHECK(std::memcmp(a.get(), b.get(), kBlock) == 0);
+}
+
+TEST_CASE_TEMPLATE("A failed SwapStore write leaves every previous version and every slot", Engine,
+                   OFFLOAD_STORE_ENGINES) {
+  TempDir dir;
+  auto store = open_store<Engine>(dir, 8 * kBlock, 6 * kBlock);
+  if (!store) return;
+  const std::array<std::uint64_t, 3> sizes = {2 * kBlock + 5, kBlock, 777};
+  constexpr unsigned kBlocks = 3 + 1 + 1;
+  std::array<ObjectId, 3> ids{};
+  std::vector<std::unique_ptr<Buffer>> old_bytes;
+  std::vector<std::unique_ptr<Buffer>> new_bytes;
+  std::vector<Range> all;
+  for (unsigned i = 0; i < 3; ++i) {
+    ids[i] = create_object(*store, sizes[i]);
+    old_bytes.push_back(random_bytes(sizes[i], i));
+    new_bytes.push_back(random_bytes(sizes[i], 10 + i));
+    must_write(*store, ids[i], *old_bytes[i], sizes[i]);
+    all.push_back({ids[i], 0, new_bytes[i]->get(), sizes[i]});
+  }
+  const ObjectId fresh = create_object(*store, 50);
+  all.push_back({fresh, 0, new_bytes[0]->get(), 50});
+  const SwapStore::Stats before = store->stats();
+  for (unsigned bad = 0; bad <= kBlocks; ++bad) {
+    CAPTURE(bad);
+    OpFaults faults(IoOp::kWrite, [bad](unsigned n) { return n == bad ? EIO : 0; });
+    const Status status = write_now(*store, all);
+    CHECK(status.code() == Code::kOsError);
+    CHECK(status.os_errno() == EIO);
+    CHECK(status.path() == dir.path());
+    CHECK(store->stats().free_slots == before.free_slots);
+    CHECK(store->stats().logical_written == before.logical_written);
+    for (unsigned i = 0; i < 3; ++i) CHECK(reads_as(*store, ids[i], *old_bytes[i], sizes[i]));
+    CHECK_FALSE(store->written(fresh, 0).value());
+  }
+  REQUIRE(write_now(*store, all).is_ok());
+  for (unsigned i = 0; i < 3; ++i) CHECK(reads_as(*store, ids[i], *new_bytes[i], sizes[i]));
+  CHECK(store->stats().free_slots == before.free_slots - 1);
+}
+
+TEST_CASE_TEMPLATE("A failed SwapStore read reports the error and gives its slot up", Engine,
+                   OFFLOAD_STORE_ENGINES) {
+  TempDir dir;
+  auto store = open_store<Engine>(dir, 2 * kBlock, 2 * kBlock);
+  if (!store) return;
+  const ObjectId object = create_object(*store, 2 * kBlock);
+  const auto bytes = random_bytes(2 * kBlock, 1);
+  must_write(*store, object, *bytes, 2 * kBlock);
+  {
+    OpFaults faults(IoOp::kRead, [](unsigned n) { return n == 1 ? EIO : 0; });
+    const Buffer buffer(2 * kBlock);
+    CHECK(read_now(*store, {{object, 0, buffer.get(), 2 * kBlock}}).os_errno() == EIO);
+  }
+  CHECK(reads_as(*store, object, *bytes, 2 * kBlock));
+  CHECK(store->remove(object).is_ok());
+  CHECK(store->stats().free_slots == 4);
+}
+
+TEST_CASE_TEMPLATE("SwapStore finds a byte that the disk changed and says where", Engine,
+                   OFFLOAD_STORE_ENGINES) {
+  TempDir dir;
+  auto store = open_store<Engine>(dir, 3 * kBlock, 0);  // every slot is live
+  if (!store) return;
+  const ObjectId object = create_object(*store, 3 * kBlock);
+  const auto bytes = random_bytes(3 * kBlock, 1);
+  must_write(*store, object, *bytes, 3 * kBlock);
+  const std::string file = "/proc/self/fd/" + std::to_string(store->file().fd.get());
+  const UniqueFd behind(::open(file.c_str(), O_RDWR | O_CLOEXEC));
+  REQUIRE(behind.is_open());
+  constexpr off_t kAt = static_cast<off_t>(kBlock) + 12345;
+  unsigned char byte = 0;
+  REQUIRE(::pread(behind.get(), &byte, 1, kAt) == 1);
+  byte ^= 0x10;
+  REQUIRE(::pwrite(behind.get(), &byte, 1, kAt) == 1);
+  REQUIRE(::fsync(behind.get()) == 0);
+  int corrupt = 0;
+  for (const std::uint64_t offset : {std::uint64_t{0}, kBlock, 2 * kBlock}) {
+    const Buffer buffer(kBlock);
+    const Status status = read_now(*store, {{object, offset, buffer.get(), kBlock}});
+    if (status.is_ok()) {
+      CHECK(std::memcmp(buffer.get(), bytes->get() + offset, kBlock) == 0);
+      continue;
+    }
+    ++corrupt;
+    CHECK(status.code() == Code::kCorrupt);
+    CHECK(contains(status.to_string(), "offset " + std::to_string(kBlock) + " "));
+    CHECK(contains(status.to_string(), dir.path()));
+  }
+  CHECK(corrupt == 1);
+}
+
+TEST_CASE_TEMPLATE("SwapStore says needed and free when the disk is too small, and goes on", Engine,
+                   OFFLOAD_STORE_ENGINES) {
+  TempDir dir;
+  auto store = open_store<Engine>(dir, 2 * kBlock, kBlock);
+  if (!store) return;
+  const ObjectId object = create_object(*store, kBlock);
+  const auto bytes = random_bytes(kBlock, 1);
+  must_write(*store, object, *bytes, kBlock);
+  const SwapStore::Stats before = store->stats();
+  const Status refused = store->reserve(std::uint64_t{1} << 60, kBlock);
+  CHECK(refused.code() == Code::kNoSpace);
+  CHECK(refused.path() == dir.path());
+  CHECK(contains(refused.to_string(), "needs 11529215046"));
+  CHECK(contains(refused.to_string(), " free"));
+  constexpr std::uint64_t kMost = std::numeric_limits<std::uint64_t>::max();
+  CHECK_FALSE(store->reserve(kMost, 0).is_ok());
+  CHECK_FALSE(store->reserve(0, kMost).is_ok());
+  CHECK_FALSE(store->reserve(kMost / 2 + 1, kMost / 2 + 1).is_ok());
+  CHECK(store->stats().slots == before.slots);
+  CHECK(store->stats().free_slots == before.free_slots);
+  CHECK(reads_as(*store, object, *bytes, kBlock));
+  CHECK(create_object(*store, kBlock) != object);
+  CHECK(store->create(1).status().code() == Code::kNoSpace);  // the refused promise is not kept
+  CHECK(store->reserve(3 * kBlock, kBlock).is_ok());
+  CHECK(store->stats().slots == 4);
+  CHECK(store->create(1).is_ok());
+  CHECK(store->reserve(kBlock, 0).is_ok());  // never shrinks
+  CHECK(store->stats().slots == 4);
+}
+
+TEST_CASE_TEMPLATE("SwapStore creates nothing beyond what was reserved", Engine,
+                   OFFLOAD_STORE_ENGINES) {
+  TempDir dir;
+  auto store = open_store<Engine>(dir, 3 * kBlock, 2 * kBlock);
+  if (!store) return;
+  const ObjectId object = create_object(*store, kBlock + 1);
+  const Status refused = store->create(kBlock + 1).status();  // the spare is not for objects
+  CHECK(refused.code() == Code::kNoSpace);
+  CHECK(contains(refused.to_string(), std::to_string(kBlock + 1) + " bytes are needed"));
+  CHECK(contains(refused.to_string(), std::to_string(kBlock) + " of the reserved"));
+  constexpr std::uint64_t kMost = std::numeric_limits<std::uint64_t>::max();
+  CHECK(store->create(kMost).status().code() == Code::kNoSpace);
+  CHECK(store->create(kMost / 2).status().code() == Code::kNoSpace);
+  CHECK(store->remove(object).is_ok());
+  CHECK(store->create(3 * kBlock).is_ok());
+}
+
+TEST_CASE_TEMPLATE("SwapStore refuses a write for which there are no free slots", Engine,
+                   OFFLOAD_STORE_ENGINES) {
+  TempDir dir;
+  auto store = open_store<Engine>(dir, 2 * kBlock, kBlock);
+  if (!store) return;
+  const ObjectId object = create_object(*store, 2 * kBlock);
+  const auto bytes = random_bytes(2 * kBlock, 1);
+  must_write(*store, object, *bytes, 2 * kBlock);
+  const auto other = random_bytes(2 * kBlock, 2);
+  CHECK(write_now(*store, {{object, 0, other->get(), 2 * kBlock}}).code() == Code::kNoSpace);
+  CHECK(reads_as(*store, object, *bytes, 2 * kBlock));
+  CHECK(write_now(*store, {{object, 0, other->get(), kBlock}}).is_ok());
+}
+
+TEST_CASE_TEMPLATE("A SwapStore read gets the version it started on, whole", Engine,
+                   OFFLOAD_STORE_ENGINES) {
+  TempDir dir;
+  auto store = open_store<Engine>(dir, kBlock, 2 * kBlock);
+  if (!store) return;
+  const ObjectId object = create_object(*store, kBlock);
+  const auto first = random_bytes(kBlock, 0);
+  must_write(*store, object, *first, kBlock);
+  const Buffer buffer(kBlock);
+  Pending slow;
+  {
+    Gate gate(IoOp::kRead);
+    REQUIRE(
+        store->read({{object, 0, buffer.get(), kBlock}}, IoPriority::kBackground, slow.completion())
+            .is_ok());
+    gate.wait_for_operation();
+    // Enough writes to take every slot again, had the reader's been handed out. (The ring has
+    // read the bytes before they are held up here, the threads have not.)
+    for (unsigned version = 1; version <= 6; ++version) {
+      must_write(*store, object, *random_bytes(kBlock, version), kBlock);
+      CHECK(store->stats().free_slots == 1);
+    }
+    CHECK(slow.calls() == 0);
+    CHECK(store->remove(object).code() == Code::kInvalid);
+    gate.open();
+    CHECK(slow.wait().is_ok());
+  }
+  CHECK(std::memcmp(buffer.get(), first->get(), kBlock) == 0);
+  CHECK(reads_as(*store, object, *random_bytes(kBlock, 6), kBlock));
+  CHECK(store->stats().free_slots == 2);
+}
+
+TEST_CASE_TEMPLATE("SwapStore::close waits, is idempotent and ends everything", Engine,
+                   OFFLOAD_STORE_ENGINES) {
+  TempDir dir;
+  auto store = open_store<Engine>(dir, 4 * kBlock, 4 * kBlock);
+  if (!store) return;
+  const ObjectId object = create_object(*store, 4 * kBlock);
+  const auto bytes = random_bytes(4 * kBlock, 1);
+  Pending pending;
+  REQUIRE(store
+              ->write({{object, 0, bytes->get(), 4 * kBlock}}, IoPriority::kBackground,
+                      pending.completion())
+              .is_ok());
+  CHECK(store->close().is_ok());
+  CHECK(pending.calls() == 1);  // done or cancelled, never forgotten
+  const Status outcome = pending.wait();
+  CHECK((outcome.is_ok() || outcome.code() == Code::kClosed));
+  CHECK(store->close().is_ok());
+  CHECK(write_now(*store, {{object, 0, bytes->get(), kBlock}}).code() == Code::kClosed);
+  CHECK(read_now(*store, {{object, 0, bytes->get(), kBlock}}).code() == Code::kClosed);
+  CHECK(store->reserve(8 * kBlock, 0).code() == Code::kClosed);
+  CHECK(store->create(1).status().code() == Code::kClosed);
+  CHECK(store->written(object, 0).status().code() == Code::kClosed);
+  CHECK(store->remove(object).code() == Code::kClosed);
+  CHECK(dir.empty());
+}
+
+TEST_CASE("SwapStore::open says what is wrong with its directory or its options") {
+  TempDir dir;
+  const auto missing = SwapStore::open({.dir = dir.path() + "/none", .engine = {}, .io = {}});
+  REQUIRE_FALSE(missing.is_ok());
+  CHECK(missing.status().os_errno() == ENOENT);
+  const auto bad = SwapStore::open({.dir = dir.path(), .engine = {}, .io = {.queue_depth = 0}});
+  REQUIRE_FALSE(bad.is_ok());
+  CHECK(bad.status().code() == Code::kInvalid);
+  const auto threads =
+      SwapStore::open({.dir = dir.path(), .engine = EngineKind::kThreads, .io = {}});
+  REQUIRE(threads.is_ok());
+  CHECK(std::string(threads.value()->engine_name()) == "threads");
+  CHECK(threads.value()->engine_reason() == "threads: requested");
+  CHECK(dir.empty());
+}
+
+TEST_CASE("SwapStore::footprint counts whole blocks") {
+  CHECK(SwapStore::footprint(0) == 0);
+  CHECK(SwapStore::footprint(1) == kBlock);
+  CHECK(SwapStore::footprint(kBlock) == kBlock);
+  CHECK(SwapStore::footprint(kBlock + 1) == 2 * kBlock);
+}
+
+}  // namespace offload

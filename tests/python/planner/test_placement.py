@@ -1,0 +1,153 @@
+"""place(): properties that hold for any model and any budget."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from offload.errors import BudgetError
+from offload.planner import Placement, Plan, UnitSpec, place, smallest_budget
+from offload.planner.placement import STAGING_SET_BYTES
+
+PAGE = 4096
+MIB = 2**20
+
+
+@st.composite
+def unit_specs(draw: st.DrawFn) -> list[UnitSpec]:
+    """Models of 1 to 12 units, alike or not, some frozen in part or whole, some nested."""
+    scale = draw(st.sampled_from([PAGE, 64 * PAGE, MIB, 16 * MIB]))
+    units = []
+    for i in range(draw(st.integers(1, 12))):
+        params = draw(st.integers(1, 12)) * scale
+        grads = draw(st.sampled_from([params, params, 0, params // 2 // PAGE * PAGE]))
+        nested = draw(st.sampled_from([False, False, False, True]))
+        units.append(UnitSpec(f"unit{i}", params, grads, nested))
+    return units
+
+
+def everything(units: list[UnitSpec]) -> int:
+    return sum(u.param_bytes + 3 * u.grad_bytes for u in units)
+
+
+def draw_budget(data: st.DataObject, units: list[UnitSpec]) -> int:
+    least = smallest_budget(units, swap=True)
+    return data.draw(st.integers(least, everything(units) + 64 * MIB), label="budget")
+
+
+def on_disk(plan: Plan) -> int:
+    return sum(plan.disk_bytes().values())
+
+
+def check(plan: Plan, units: list[UnitSpec], budget: int) -> None:
+    """What every plan must be."""
+    assert plan.budget_bytes == budget
+    assert sum(plan.host_bytes().values()) <= budget
+    assert plan.pinned_bytes + plan.ring_bytes <= budget
+    assert [p.unit for p in plan.placements] == units
+    host, disk = plan.host_bytes(), plan.disk_bytes()
+    assert host.keys() == disk.keys()
+    assert host["parameters"] + disk["parameters"] == sum(u.param_bytes for u in units)
+    assert host["gradients"] + disk["gradients"] == sum(u.grad_bytes for u in units)
+    state = sum(2 * u.grad_bytes for u in units)
+    assert host["optimizer state"] + disk["optimizer state"] == state
+    assert plan.spills == (on_disk(plan) > 0)
+    for placement in plan.placements:
+        if placement.unit.nested:
+            assert placement.pin_params
+            assert placement.pin_grads
+    flat = [p for p in plan.placements if not p.unit.nested]
+    params = max((p.unit.param_bytes for p in flat), default=0)
+    grads = max((p.unit.grad_bytes for p in flat), default=0)
+    if not all(p.pin_params and p.pin_grads for p in flat):
+        assert plan.ring_bytes >= params + grads + max(params, grads), "deadlock by fragmentation"
+    if not all(p.pin_state for p in plan.placements):
+        assert plan.staging_sets >= 2
+        assert plan.staging_bytes == plan.staging_sets * STAGING_SET_BYTES
+        # The moments of any unit can be read out whole, for a state_dict.
+        assert plan.ring_bytes >= max(p.unit.grad_bytes for p in plan.placements if not p.pin_state)
+
+
+@given(unit_specs(), st.data())
+@settings(max_examples=400, deadline=None)
+def test_any_budget(units: list[UnitSpec], data: st.DataObject) -> None:
+    budget = draw_budget(data, units)
+    check(place(units, budget, swap=True), units, budget)
+
+
+@given(unit_specs(), st.integers(0, 2**40))
+@settings(max_examples=200, deadline=None)
+def test_more_than_enough_pins_everything(units: list[UnitSpec], more: int) -> None:
+    budget = everything(units) + more
+    for swap in (False, True):
+        plan = place(units, budget, swap)
+        check(plan, units, budget)
+        assert not plan.spills
+        assert plan.ring_bytes == plan.staging_bytes == 0
+
+
+@given(unit_specs(), st.booleans(), st.integers(1, 16 * PAGE))
+@settings(max_examples=200, deadline=None)
+def test_smallest_budget_is_the_smallest(units: list[UnitSpec], swap: bool, less: int) -> None:
+    least = smallest_budget(units, swap)
+    check(place(units, least, swap), units, least)
+    hint = "swap_dir" if not swap else ""
+    for budget in (least - 1, least - PAGE, least - less, 0):
+        with pytest.raises(BudgetError, match=rf"{hint}.*\b{least} bytes") as caught:
+            place(units, budget, swap)
+        assert f"Budget(host={budget})" in str(caught.value)
+
+
+@given(unit_specs())
+@settings(deadline=None)
+def test_without_swap_everything_must_be_pinned(units: list[UnitSpec]) -> None:
+    assert smallest_budget(units, swap=False) == everything(units)
+    assert smallest_budget(units, swap=True) <= everything(units)
+
+
+@given(unit_specs(), st.data())
+@settings(max_examples=400, deadline=None)
+def test_more_memory_does_not_spill_more(units: list[UnitSpec], data: st.DataObject) -> None:
+    """Slabs are whole, so within the largest unit and the staging that the budget adds."""
+    budgets = sorted((draw_budget(data, units), draw_budget(data, units)))
+    small, large = (place(units, budget, swap=True) for budget in budgets)
+    slab = max(u.param_bytes + 3 * u.grad_bytes for u in units)
+    staging = max(0, large.staging_bytes - small.staging_bytes)
+    assert on_disk(large) <= on_disk(small) + slab + staging
+
+
+@given(unit_specs(), st.data())
+@settings(max_examples=200, deadline=None)
+def test_state_leaves_memory_first(units: list[UnitSpec], data: st.DataObject) -> None:
+    """A byte of state costs less traffic than one of parameters or gradients."""
+    plan = place(units, draw_budget(data, units), swap=True)
+    flat = [p for p in plan.placements if not p.unit.nested]
+    assume(any(p.pin_state and p.unit.grad_bytes for p in flat))
+    assert all(p.pin_params and p.pin_grads for p in flat)
+
+
+def test_no_units() -> None:
+    plan = place([], 1, swap=False)
+    assert plan.placements == ()
+    assert not plan.spills
+
+
+@pytest.mark.parametrize("micro_batches", [1, 3])
+def test_step_traffic(micro_batches: int) -> None:
+    placements = (
+        Placement(UnitSpec("all spilled", 100, 80), False, False, False),
+        Placement(UnitSpec("parameters spilled", 10_000, 9_000), False, True, True),
+        Placement(UnitSpec("gradients spilled", 1_000_000, 500_000), True, False, True),
+        Placement(UnitSpec("pinned", 10**9, 10**9), True, True, True),
+    )
+    traffic = Plan(0, 2, 0, 0, placements).step_traffic(micro_batches)
+    params, grads, state = 10_100, 500_080, 160
+    reads = 2 * params + grads  # forward and backward; gradients to add to, or for the update
+    assert traffic.read == micro_batches * reads + params + state
+    assert traffic.written == micro_batches * grads + params + state
+
+
+def test_pinned_plan_moves_nothing() -> None:
+    plan = place([UnitSpec("a", PAGE, PAGE)], MIB, swap=False)
+    assert plan.step_traffic(4).read == plan.step_traffic(4).written == 0

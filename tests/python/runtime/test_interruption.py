@@ -1,0 +1,143 @@
+"""Exceptions, Ctrl-C and SIGKILL: the model stays usable, the disk stays clean."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import training as t
+from torch import nn
+
+import offload
+
+BUDGET = 13 << 20
+TOKENS = torch.arange(24).view(2, 12)
+
+
+class Interrupting(t.Stack):
+    """Raises in the middle of the forward or of the backward, once armed."""
+
+    armed: tuple[str, type[BaseException]] | None = None
+
+    def run(self, block: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = block(x)
+        if self.armed is not None and block is self.blocks[5]:
+            where, error = self.armed
+            if where == "forward":
+                raise error
+            y.register_hook(self._raise)
+        return y
+
+    def _raise(self, grad: torch.Tensor) -> None:
+        assert self.armed is not None
+        raise self.armed[1]
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, MemoryError])
+def test_after_an_exception_training_goes_on_exactly(
+    where: str, error: type[BaseException], tmp_path: Path
+) -> None:
+    loop = t.Loop(steps=2)
+    results = []
+    for make in (Interrupting, lambda: t.wrapped(Interrupting, tmp_path, BUDGET)):
+        torch.manual_seed(0)
+        model = make()
+        kind = torch.optim.AdamW if make is Interrupting else offload.AdamW
+        optimizer = kind(t.groups(model), lr=1e-2, weight_decay=0.1, foreach=False)
+        first = t.train(model, optimizer, loop)
+        model.armed = (where, error)
+        with pytest.raises(error):
+            model(TOKENS).square().sum().backward()
+        model.armed = None
+        optimizer.zero_grad()
+        second = t.train(model, optimizer, loop)
+        second.losses = first.losses + second.losses
+        results.append(second)
+    t.assert_same(*results)
+
+
+def test_an_interrupted_model_gives_its_memory_back(tmp_path: Path) -> None:
+    model = t.wrapped(Interrupting, tmp_path, BUDGET)
+    for where in ("forward", "backward", "forward"):
+        for _ in range(5):
+            model.armed = (where, KeyboardInterrupt)
+            with pytest.raises(KeyboardInterrupt):
+                model(TOKENS).square().sum().backward()
+    model.armed = None
+    model(TOKENS).square().sum().backward()
+    context = model._offload_wrapped.context
+    assert not context.scopes and not context.in_backward
+    assert all(unit.param_slab.locks == 0 for unit in context.units)
+    assert torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+
+
+SCRIPT = """
+    import sys
+    sys.path.insert(0, {tests!r})
+    import torch, offload
+    import training as t
+    model = t.wrapped(t.Stack, {swap!r}, {budget})
+    optimizer = offload.AdamW(model.parameters())
+    data = torch.Generator().manual_seed(1)
+    print("ready", flush=True)
+    while True:
+        try:
+            for _ in range(2):
+                model(torch.randint(0, 64, (2, 12), generator=data)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        except KeyboardInterrupt:
+            optimizer.zero_grad()
+            model(torch.randint(0, 64, (2, 12), generator=data)).square().sum().backward()
+            optimizer.step()
+            ok = all(bool(torch.isfinite(p.clone()).all()) for p in model.parameters())
+            print("usable" if ok else "broken", flush=True)
+"""
+
+
+def start(swap: Path) -> subprocess.Popen[str]:
+    script = textwrap.dedent(SCRIPT).format(
+        tests=str(Path(__file__).parent), swap=str(swap), budget=BUDGET
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, cwd=Path.cwd()
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+def free_bytes(folder: Path) -> int:
+    stats = os.statvfs(folder)
+    return stats.f_bfree * stats.f_frsize
+
+
+def test_sigkill_leaves_nothing_on_disk(tmp_path: Path) -> None:
+    for delay in (0.0, 0.3, 0.7):
+        process = start(tmp_path)
+        time.sleep(delay)
+        assert os.listdir(tmp_path) == []  # while it runs, too: the file has no name
+        process.send_signal(signal.SIGKILL)
+        assert process.wait(30) == -signal.SIGKILL
+        assert os.listdir(tmp_path) == []
+
+
+def test_ctrl_c_leaves_process_and_model_usable(tmp_path: Path) -> None:
+    process = start(tmp_path)
+    assert process.stdout is not None
+    try:
+        for delay in (0.05, 0.2, 0.11, 0.17):
+            time.sleep(delay)
+            process.send_signal(signal.SIGINT)
+            assert process.stdout.readline() == "usable\n"
+    finally:
+        process.kill()
+        process.wait(30)
