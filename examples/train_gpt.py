@@ -25,6 +25,7 @@ from memory_cap import (
     MemoryPlan,
     derive_host_budget,
     format_size,
+    keep_freed_memory,
     memory_use,
     parse_size,
     set_memory_cap,
@@ -158,8 +159,11 @@ def default_swap_dir() -> str:
     return str(Path.cwd()) if kind in ("tmpfs", "ramfs") else folder
 
 
-def plan_memory(job: Job) -> MemoryPlan | None:
-    """Measures one micro-batch, prints what a step costs, and divides the cap if there is one."""
+def plan_memory(job: Job) -> tuple[MemoryPlan | None, float]:
+    """Measures one micro-batch, prints what a step costs, and divides the cap if there is one.
+
+    Returns that division, and the seconds that a step's forward and backward will take.
+    """
     import torch
     from gpt import GPT, measure_micro_batch
 
@@ -182,7 +186,7 @@ def plan_memory(job: Job) -> MemoryPlan | None:
         ],
     )
     if options.cap is None:
-        return None
+        return None, seconds
     baseline = max(use.rss, use.data)
     plan = derive_host_budget(options.cap, baseline, cost.activation_bytes, cost.working_bytes)
     if options.no_offload:
@@ -195,11 +199,11 @@ def plan_memory(job: Job) -> MemoryPlan | None:
     else:
         rows = [(what, format_size(size)) for what, size in plan.rows()]
         print_table(f"memory cap: {format_size(plan.cap)}", rows)
-    return plan
+    return plan, seconds
 
 
 def prepare(
-    job: Job, plan: MemoryPlan | None
+    job: Job, plan: MemoryPlan | None, compute_seconds: float
 ) -> tuple[torch.nn.Module, torch.optim.Optimizer, int]:
     """Builds the model and its optimizer. Returns them with the number of parameters."""
     import torch
@@ -233,7 +237,19 @@ def prepare(
     except offload.OffloadError as error:
         raise SystemExit(f"error: {error}") from error
     optimizer = offload.AdamW(parameter_groups(model, options.weight_decay), **settings)
-    print(offload.report(model))
+    report = offload.report(model)
+    print(report)
+    traffic = report.plan.step_traffic(job.micro_batches)
+    expected = report.expected_step_seconds(compute_seconds, job.micro_batches)
+    print_table(
+        f"expected step: {expected:.1f} s",
+        [
+            ("compute", f"{compute_seconds:.1f} s"),
+            ("read from disk", f"at most {format_size(traffic.read)}"),
+            ("written to disk", f"at most {format_size(traffic.written)}"),
+            ("disk, as measured", f"{report.as_dict()['disk_read_rate'] / 1e6:.0f} MB/s"),
+        ],
+    )
     return model, optimizer, params
 
 
@@ -348,8 +364,10 @@ def main(arguments: list[str] | None = None) -> int:
     params = 0
     code = 0
     try:
-        plan = plan_memory(job)
-        model, optimizer, params = prepare(job, plan)
+        plan, compute_seconds = plan_memory(job)
+        model, optimizer, params = prepare(job, plan, compute_seconds)
+        if options.cap is not None:
+            keep_freed_memory()
         train(job, model, optimizer, record)
     except KeyboardInterrupt:
         print("\ninterrupted", flush=True)

@@ -55,11 +55,14 @@ EngineThread& EngineThread::operator=(EngineThread&& other) noexcept {
   return *this;
 }
 
-EngineThread::~EngineThread() { join(); }
+EngineThread::~EngineThread() {
+  join();
+}
 
 void EngineThread::join() {
   if (!handle_.has_value()) return;
-  // Fails only for a thread that is not joinable or is this one, which start() and REQUIRES rule out.
+  // Fails only for a thread that is not joinable or is this one, which start() and REQUIRES rule
+  // out.
   static_cast<void>(pthread_join(*handle_, nullptr));
   handle_.reset();
 }

@@ -34,6 +34,20 @@ class Report:
             for what, nbytes in self.plan.host_bytes().items()
         ]
 
+    def expected_step_seconds(self, compute_seconds: float, micro_batches: int = 1) -> float:
+        """Return how long a step will take if the disk keeps the rate measured by wrap().
+
+        The larger of the compute alone and the disk alone: they overlap.
+
+        Args:
+            compute_seconds: forward and backward of all micro-batches of a step.
+            micro_batches: how many are accumulated in a step.
+        """
+        rate = self.counters["disk_read_rate"]
+        traffic = self.plan.step_traffic(micro_batches)
+        disk = max(traffic.read, traffic.written) / rate if rate else 0.0
+        return max(compute_seconds, disk)
+
     def as_dict(self) -> dict[str, Any]:
         """Return everything as plain numbers, strings, lists and dicts.
 

@@ -33,7 +33,6 @@ class BackwardHooks:
 
     def add(self, param: OffloadedParam) -> None:
         """Catch the gradients of `param`, which is attached and requires grad."""
-
         # Autograd holds these functions where the garbage collector cannot see it: with strong
         # references a dropped model would never be freed.
         hooks, owner = weakref.ref(self), weakref.ref(param)

@@ -11,6 +11,7 @@ Life of a unit's parameters:
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
@@ -66,6 +67,8 @@ class RuntimeContext:
         self.reading_out = False
         self.saved_hooks: Callable[[], AbstractContextManager[None]] = nullcontext
         self.closed = False
+        self.read_rate = 0.0
+        """Bytes per second that measure_disk() saw; 0: not measured."""
         self._streams = False
 
     # -- building -------------------------------------------------------------------------------
@@ -398,6 +401,30 @@ class RuntimeContext:
                 continue
             if not self.mover.prefetch(slab, next_use[slab]):
                 break
+
+    def measure_disk(self) -> None:
+        """Fill the ring with what the first forward needs, and note how fast that was read."""
+        if self.store is None:
+            return
+        before, begun = self.store.stats()["bytes_read"], time.perf_counter()
+        for unit in self.units:
+            self.mover.settle(unit.param_slab)
+        for unit in self.units:
+            slab = unit.param_slab
+            if slab.residency is Residency.HOST and not slab.pinned and not slab.locks:
+                self.mover.evict(slab)
+        fetched = []
+        self.mover.next_use = {unit.param_slab: i for i, unit in enumerate(self.units)}
+        for unit in self.units:
+            if unit.param_slab.residency is Residency.DISK:
+                if not self.mover.prefetch(unit.param_slab, unit.index):
+                    break
+                fetched.append(unit.param_slab)
+        for slab in fetched:
+            self.mover.settle(slab)
+        self.mover.stall_seconds.clear()  # none of this was a training thread waiting
+        seconds = time.perf_counter() - begun
+        self.read_rate = (self.store.stats()["bytes_read"] - before) / seconds
 
     # -- interruption and the end ---------------------------------------------------------------
 

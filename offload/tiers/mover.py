@@ -43,8 +43,6 @@ class Mover:
         """Position of each slab's next use among the predicted uses; absent: beyond them."""
         self.relieve: Callable[[], bool] = lambda: False
         """Waits for one background user of slabs to end; False when there is none."""
-        self.evicting: Callable[[Slab], None] = lambda slab: None
-        """Told before a slab's memory is given up."""
         self.stall_seconds: dict[str, float] = {}
         self.misses = 0
         self._spillable: dict[Slab, None] = {}  # unpinned slabs with memory, oldest first
@@ -164,7 +162,7 @@ class Mover:
                 return lease
             victim = self._victim(farther_than)
             if victim is not None:
-                self._evict(victim)
+                self.evict(victim)
             elif farther_than is not None or not self._make_room():
                 return None
 
@@ -185,8 +183,8 @@ class Mover:
                 best, best_use = slab, use
         return best
 
-    def _evict(self, slab: Slab) -> None:
-        self.evicting(slab)
+    def evict(self, slab: Slab) -> None:
+        """Give up the memory of a slab that nobody holds and that is clean or unwanted."""
         if slab.wanted:
             slab.residency = Residency.DISK
         else:

@@ -77,7 +77,8 @@ def touch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     for value in tree_iter((args, kwargs)):
         if isinstance(value, SpilledParameter):
             owner = owner_of(value)
-            assert owner is not None  # the class is only given to parameters that have one
+            if owner is None:
+                raise SpilledTensorError("a spilled parameter without an owner (internal error)")
             params[owner] = None
     first = next(iter(params))
     if func is _T.stride:

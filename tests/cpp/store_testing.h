@@ -9,17 +9,22 @@
 #include <cerrno>
 #include <chrono>
 #include <condition_variable>
+#include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <random>
 #include <string>
 #include <thread>
 #include <utility>
 #include <vector>
 
+#include "base/align.h"
 #include "doctest/doctest.h"
 #include "io/probe.h"
+#include "io_testing.h"
 #include "store/swap_store.h"
 #include "sys/syscall_hooks.h"
 #include "temp_dir.h"
@@ -103,6 +108,35 @@ inline Status read_now(SwapStore& store, const std::vector<SwapStore::Range>& ra
   Pending pending;
   OFFLOAD_RETURN_IF_ERROR(store.read(ranges, IoPriority::kDemand, pending.completion()));
   return pending.wait();
+}
+
+// A buffer of `nbytes` random bytes; the rest of its last page is zero.
+inline std::unique_ptr<Buffer> random_bytes(std::uint64_t nbytes, unsigned seed) {
+  auto buffer = std::make_unique<Buffer>(align_up(nbytes, kPageBytes));
+  std::mt19937_64 random(seed);
+  fill_random(buffer->get(), align_up(nbytes, 8), random);
+  std::memset(buffer->get() + nbytes, 0, align_up(nbytes, kPageBytes) - nbytes);
+  return buffer;
+}
+
+inline bool reads_as(SwapStore& store, ObjectId object, const Buffer& expected,
+                     std::uint64_t nbytes) {
+  const Buffer actual(nbytes);
+  std::memset(actual.get(), 0xEE, nbytes);
+  const Status status = read_now(store, {{object, 0, actual.get(), nbytes}});
+  INFO(status.to_string());
+  CHECK(status.is_ok());
+  return status.is_ok() && std::memcmp(actual.get(), expected.get(), nbytes) == 0;
+}
+
+inline void must_write(SwapStore& store, ObjectId object, const Buffer& bytes,
+                       std::uint64_t nbytes) {
+  const Status status = write_now(store, {{object, 0, bytes.get(), nbytes}});
+  REQUIRE_MESSAGE(status.is_ok(), status.to_string());
+}
+
+inline bool contains(const std::string& text, const std::string& part) {
+  return text.find(part) != std::string::npos;
 }
 
 // For its scope: an errno for the n-th (from 0) read or write that a function chooses; 0 lets it

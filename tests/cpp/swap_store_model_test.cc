@@ -1,11 +1,12 @@
 // SwapStore against a map in memory: random creates, writes, reads and removes with many transfers
 // in flight and now and then a disk that fails a write.
-#include <atomic>
+#include <algorithm>
 #include <cerrno>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <deque>
+#include <iterator>
 #include <map>
 #include <memory>
 #include <random>
