@@ -70,6 +70,8 @@ class RuntimeContext:
         self.read_rate = 0.0
         """Bytes per second that measure_disk() saw; 0: not measured."""
         self._streams = False
+        largest = max((max(u.unit.param_bytes, u.unit.grad_bytes) for u in plan.placements), default=0)
+        self._prefetch_room = plan.ring_bytes - 2 * largest  # one in use, one being written
 
     # -- building -------------------------------------------------------------------------------
 
@@ -212,8 +214,13 @@ class RuntimeContext:
             self.end_unit_backward(other)
         unit.in_backward = True
         self.in_backward[unit] = None
-        unit.param_slab.locks += 1
+        self._lock_for_backward(unit, 1)
         self.advance(Use(unit.index, Phase.BACKWARD))
+
+    def _lock_for_backward(self, unit: Unit, change: int) -> None:
+        unit.param_slab.locks += change
+        if unit.grad_slab is not None:
+            unit.grad_slab.locks += change
 
     def accumulate(self, param: OffloadedParam, new: torch.Tensor, state: GradState | None) -> None:
         """Add `new` to the gradient `state` of `param` (None: there is none yet)."""
@@ -238,8 +245,6 @@ class RuntimeContext:
             state.zero = False
             state.factors.clear()
             state.norms.clear()
-        if not unit.arrived:
-            self._gradients(unit).locks += 1
         unit.arrived.add(param)
         if len(unit.arrived) >= unit.expected:
             self.end_unit_backward(unit)
@@ -271,7 +276,6 @@ class RuntimeContext:
         """All gradients that this backward has for `unit` are in its slab."""
         slab = unit.grad_slab
         if unit.arrived and slab is not None:
-            slab.locks -= 1
             if not slab.pinned:
                 for param in unit.arrived:
                     state = param.grad_state
@@ -283,7 +287,7 @@ class RuntimeContext:
         if unit.in_backward:
             unit.in_backward = False
             self.in_backward.pop(unit, None)
-            unit.param_slab.locks -= 1
+            self._lock_for_backward(unit, -1)
         self._rest(unit)
 
     def read_grad(self, param: OffloadedParam) -> torch.Tensor:
@@ -390,7 +394,12 @@ class RuntimeContext:
                     next_use[slab] = position
                     wanted.append((unit, slab))
         self.mover.next_use = next_use
+        # What is read ahead beyond what fits would be given up again before its use.
+        room = self._prefetch_room
         for unit, slab in wanted:
+            room -= slab.nbytes
+            if room < 0:
+                break
             if slab.lease is not None:
                 continue
             if unit.update is not None:
