@@ -70,7 +70,9 @@ class RuntimeContext:
         self.read_rate = 0.0
         """Bytes per second that measure_disk() saw; 0: not measured."""
         self._streams = False
-        largest = max((max(u.unit.param_bytes, u.unit.grad_bytes) for u in plan.placements), default=0)
+        largest = max(
+            (max(u.unit.param_bytes, u.unit.grad_bytes) for u in plan.placements), default=0
+        )
         self._prefetch_room = plan.ring_bytes - 2 * largest  # one in use, one being written
 
     # -- building -------------------------------------------------------------------------------

@@ -38,10 +38,10 @@ PYTHON_LAYERS: dict[str, set[str]] = {
     "errors": set(),
     "trace": set(),
     "_native": FACTS,
-    "tiers": FACTS | {"_native"},
+    "tiers": FACTS | {"_native", "planner"},  # it holds the plan it obeys
     "planner": {"policy", "errors"},
     "report": {"trace", "planner"},
-    "runtime": UP_TO_TIERS | {"planner"},  # it obeys a plan
+    "runtime": UP_TO_TIERS | {"planner"},
     "optim": UP_TO_TIERS,
     "checkpoint": UP_TO_CHECKPOINT - {"checkpoint"},
     "api": UP_TO_CHECKPOINT | {"report"},

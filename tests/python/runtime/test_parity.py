@@ -48,7 +48,9 @@ def test_training_is_exact_on_either_engine_and_step(
     engine: str, lazy: bool, tmp_path: Path
 ) -> None:
     loop = Loop(steps=20, micro_batches=2, grads=False)
-    ours = t.offloaded(t.Stack, loop, tmp_path, 16 << 20, lazy_step=lazy, io_engine=engine, **WHOLE_BLOCKS)
+    ours = t.offloaded(
+        t.Stack, loop, tmp_path, 16 << 20, lazy_step=lazy, io_engine=engine, **WHOLE_BLOCKS
+    )
     t.assert_same(t.plain(t.Stack, loop), ours)
 
 

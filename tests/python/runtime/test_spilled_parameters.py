@@ -42,11 +42,17 @@ def test_questions_about_a_spilled_parameter_cost_nothing(
 ) -> None:
     plain, param = spilled(pair)
     before = offload.report(pair[1]).as_dict()["disk_read_bytes"]
-    assert param.shape == plain.shape and param.size(0) == plain.size(0)
-    assert param.dtype is plain.dtype and param.device == plain.device
-    assert param.stride() == plain.stride() and param.is_contiguous()
-    assert param.numel() == plain.numel() and param.dim() == 2 and param.requires_grad
-    assert param.is_leaf and len(param) == len(plain)
+    assert param.shape == plain.shape
+    assert param.size(0) == plain.size(0)
+    assert param.dtype is plain.dtype
+    assert param.device == plain.device
+    assert param.stride() == plain.stride()
+    assert param.is_contiguous()
+    assert param.numel() == plain.numel()
+    assert param.dim() == 2
+    assert param.requires_grad
+    assert param.is_leaf
+    assert len(param) == len(plain)
     assert isinstance(param, nn.Parameter)
     assert param in {param: 1}
     assert offload.report(pair[1]).as_dict()["disk_read_bytes"] == before
@@ -126,7 +132,8 @@ def test_gradients_answer_as_tensors_do(pair: tuple[nn.Module, nn.Module]) -> No
     ):
         grad = b.grad
         assert isinstance(grad, GradHandle), name
-        assert grad.shape == a.grad.shape and grad.dtype is a.grad.dtype
+        assert grad.shape == a.grad.shape
+        assert grad.dtype is a.grad.dtype
         assert torch.equal(grad.norm(), a.grad.norm())
         assert torch.equal(torch.linalg.vector_norm(grad, float("inf")), a.grad.abs().max())
         assert torch.equal(grad.clone(), a.grad)

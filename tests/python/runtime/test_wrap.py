@@ -29,9 +29,10 @@ def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None
 def test_wrap_keeps_object_class_names_parameters_and_values(tmp_path: Path) -> None:
     model = t.Stack()
     before, params = values(model), dict(model.named_parameters())
-    assert t.offload.wrap(
-        model, offload.Policy(budget=offload.Budget(host=BUDGET), swap_dir=tmp_path)
-    ) is model
+    assert (
+        t.offload.wrap(model, offload.Policy(budget=offload.Budget(host=BUDGET), swap_dir=tmp_path))
+        is model
+    )
     assert type(model) is t.Stack
     after = dict(model.named_parameters())
     assert list(after) == list(params)
@@ -107,7 +108,7 @@ def test_unit_names_that_make_no_sense_are_refused(
 
 def test_parameters_that_cannot_move_are_refused(tmp_path: Path) -> None:
     policy = offload.Policy(budget=offload.Budget(host=BUDGET), swap_dir=tmp_path)
-    with pytest.raises(offload.UnsupportedError, match="weight is a .* on meta"):
+    with pytest.raises(offload.UnsupportedError, match=r"weight is a .* on meta"):
         offload.wrap(nn.Linear(4, 4, device="meta"), policy)
     with pytest.raises(offload.UnsupportedError, match="UninitializedParameter"):
         offload.wrap(nn.LazyLinear(4), policy)
@@ -136,7 +137,11 @@ def test_report_names_what_lives_where(tmp_path: Path) -> None:
     report = offload.report(model)
     size = sum(p.numel() for p in model.parameters()) * 4
     rows = {row["what"]: row for row in report.plan_table()}
-    for what, expected in (("parameters", size), ("gradients", size), ("optimizer state", 2 * size)):
+    for what, expected in (
+        ("parameters", size),
+        ("gradients", size),
+        ("optimizer state", 2 * size),
+    ):
         total = rows[what]["host_bytes"] + rows[what]["disk_bytes"]
         assert expected <= total <= expected * 1.02
     assert sum(row["host_bytes"] for row in rows.values()) <= BUDGET
