@@ -121,7 +121,7 @@ class AdamW(Optimizer):
                     units.setdefault(owner.unit, []).append(_segment(owner, hyper))
         for context, units in offloaded.items():
             with context.lock:
-                for unit in context.in_order_of_use(list(units)):
+                for unit in context.prefetcher.in_order_of_use(list(units)):
                     context.begin_update(unit, sorted(units[unit], key=lambda s: s.begin))
                 if not context.policy.lazy_step:
                     context.flush()

@@ -51,7 +51,7 @@ class WrappedModel:
                 for param in unit.params:
                     param.context = self.context
                 self.context.add_unit(unit)
-            self.context.measure_disk()
+            self.context.prefetcher.measure_disk()
         except BaseException:
             self._restore()
             raise
@@ -133,10 +133,10 @@ class WrappedModel:
             "update_seconds": update["update_seconds"],
             "updates": update["jobs"],
             "pending": len(context.updating),
-            "disk_read_rate": context.read_rate,
+            "disk_read_rate": context.prefetcher.read_rate,
             "misses": context.mover.misses,
-            "mispredicted": context.trace.mispredicted,
-            "uses": context.trace.recorded,
+            "mispredicted": context.prefetcher.trace.mispredicted,
+            "uses": context.prefetcher.trace.recorded,
         }
 
     def notes(self) -> tuple[str, ...]:

@@ -11,7 +11,6 @@ Life of a unit's parameters:
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
@@ -23,12 +22,10 @@ from offload.planner import Plan
 from offload.policy import Policy
 from offload.tiers.grad_handle import GradHandle, GradState
 from offload.tiers.mover import Mover
+from offload.tiers.prefetcher import Prefetcher
 from offload.tiers.slab import Residency, Slab
 from offload.tiers.unit import OffloadedParam, SpilledParameter, Unit
-from offload.trace import AccessTrace, Phase, Use
-
-LOOKAHEAD = 64
-"""Predicted uses that are considered for prefetching and eviction."""
+from offload.trace import Phase, Use
 
 
 class RuntimeContext:
@@ -56,7 +53,7 @@ class RuntimeContext:
         self.lock = threading.RLock()
         self.mover = mover
         self.mover.relieve = self._relieve
-        self.trace = AccessTrace()
+        self.prefetcher = Prefetcher(plan, mover, self.settle)
         self.units: list[Unit] = []
         self.updating: dict[Unit, None] = {}
         self.in_backward: dict[Unit, None] = {}
@@ -67,13 +64,6 @@ class RuntimeContext:
         self.reading_out = False
         self.saved_hooks: Callable[[], AbstractContextManager[None]] = nullcontext
         self.closed = False
-        self.read_rate = 0.0
-        """Bytes per second that measure_disk() saw; 0: not measured."""
-        self._streams = False
-        largest = max(
-            (max(u.unit.param_bytes, u.unit.grad_bytes) for u in plan.placements), default=0
-        )
-        self._prefetch_room = plan.ring_bytes - 2 * largest  # one in use, one being written
 
     # -- building -------------------------------------------------------------------------------
 
@@ -84,8 +74,8 @@ class RuntimeContext:
         if unit.grad_bytes:
             unit.grad_slab = self._slab(unit, "gradients", unit.grad_bytes, placement.pin_grads)
             unit.grad_slab.live = unit.grads_wanted
-        self._streams = self._streams or not (placement.pin_params and placement.pin_grads)
         self.units.append(unit)
+        self.prefetcher.add(unit)
         self.mover.hold_new(unit.param_slab)
         for param in unit.params:
             param.view(unit.param_slab).copy_(param.param.detach())
@@ -162,7 +152,7 @@ class RuntimeContext:
         unit.param_slab.locks += 1
         unit.forward_locks += 1
         try:
-            self.advance(Use(unit.index, phase))
+            self.prefetcher.advance(Use(unit.index, phase))
             self.attach(unit)
         except BaseException:
             unit.param_slab.locks -= 1
@@ -217,7 +207,7 @@ class RuntimeContext:
         unit.in_backward = True
         self.in_backward[unit] = None
         self._lock_for_backward(unit, 1)
-        self.advance(Use(unit.index, Phase.BACKWARD))
+        self.prefetcher.advance(Use(unit.index, Phase.BACKWARD))
 
     def _lock_for_backward(self, unit: Unit, change: int) -> None:
         unit.param_slab.locks += change
@@ -334,13 +324,6 @@ class RuntimeContext:
             raise OffloadError(f"{slab.name} is neither in memory nor on disk (internal error)")
         return _native.UpdateOperand.on_disk(slab.swap_object, slab.nbytes)
 
-    def in_order_of_use(self, units: list[Unit]) -> list[Unit]:
-        """Sort units by when they are needed next, as far as that is known."""
-        later = len(self.units) + LOOKAHEAD
-        ahead = list(enumerate(self.trace.future(LOOKAHEAD)))
-        position = {use.unit: i for i, use in reversed(ahead)}
-        return sorted(units, key=lambda unit: (position.get(unit.index, later), unit.index))
-
     def settle(self, unit: Unit) -> None:
         """Finish the unit's pending update. Raises the update's error."""
         if unit.update is None:
@@ -373,69 +356,6 @@ class RuntimeContext:
             self.end_unit_backward_partially(unit)
             return True
         return False
-
-    # -- prefetch -------------------------------------------------------------------------------
-
-    def advance(self, use: Use) -> None:
-        """Record a use, and start reading what the next ones need."""
-        self.trace.record(use)
-        if self._streams:
-            self.look_ahead()
-
-    def look_ahead(self) -> None:
-        """Renew the mover's view of the future and start the reads it allows."""
-        wanted: list[tuple[Unit, Slab]] = []
-        next_use: dict[Slab, int] = {}
-        for position, use in enumerate(self.trace.future(LOOKAHEAD)):
-            unit = self.units[use.unit]
-            slabs = [unit.param_slab]
-            if use.phase is Phase.BACKWARD and unit.grad_slab is not None:
-                slabs.append(unit.grad_slab)
-            for slab in slabs:
-                if not slab.pinned and slab not in next_use:
-                    next_use[slab] = position
-                    wanted.append((unit, slab))
-        self.mover.next_use = next_use
-        # What is read ahead beyond what fits would be given up again before its use.
-        room = self._prefetch_room
-        for unit, slab in wanted:
-            room -= slab.nbytes
-            if room < 0:
-                break
-            if slab.lease is not None:
-                continue
-            if unit.update is not None:
-                if not unit.update.done():
-                    continue
-                self.settle(unit)
-            if slab is unit.grad_slab and not unit.grads_wanted():
-                continue
-            if not self.mover.prefetch(slab, next_use[slab]):
-                break
-
-    def measure_disk(self) -> None:
-        """Fill the ring with what the first forward needs, and note how fast that was read."""
-        if self.store is None:
-            return
-        before, begun = self.store.stats()["bytes_read"], time.perf_counter()
-        for unit in self.units:
-            self.mover.settle(unit.param_slab)
-        for unit in self.units:
-            slab = unit.param_slab
-            if slab.residency is Residency.HOST and not slab.pinned and not slab.locks:
-                self.mover.evict(slab)
-        fetched = []
-        self.mover.next_use = {unit.param_slab: i for i, unit in enumerate(self.units)}
-        for unit in self.units:
-            if unit.param_slab.residency is Residency.DISK:
-                if not self.mover.prefetch(unit.param_slab, unit.index):
-                    break
-                fetched.append(unit.param_slab)
-        for slab in fetched:
-            self.mover.settle(slab)
-        self.mover.stall_seconds.clear()  # none of this was a training thread waiting
-        seconds = time.perf_counter() - begun
-        self.read_rate = (self.store.stats()["bytes_read"] - before) / seconds
 
     # -- interruption and the end ---------------------------------------------------------------
 
