@@ -22,6 +22,18 @@ Pack = Callable[[torch.Tensor], Any]
 Unpack = Callable[[Any], torch.Tensor]
 
 
+def active_hooks() -> tuple[Pack, Unpack] | None:
+    """Return the saved-tensor hooks that are active in this thread.
+
+    Before torch 2.8 they cannot be asked for, and None is returned: ours then hide those of
+    activation checkpointing around a unit. Results are the same, its activations are kept.
+    """
+    top: Callable[[bool], tuple[Pack, Unpack] | None] | None = getattr(
+        torch._C._autograd, "_top_saved_tensors_default_hooks", None
+    )
+    return top(True) if top is not None else None
+
+
 @dataclass(frozen=True)
 class _SlabReference:
     param: OffloadedParam
@@ -57,7 +69,7 @@ class SavedTensorHooks:
         """Activate the hooks in this thread; False when they are already the active ones."""
         if not torch.is_grad_enabled():
             return False
-        top: tuple[Pack, Unpack] | None = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        top = active_hooks()
         if top is not None and getattr(top[0], "marker", None) is self._marker:
             return False
         outer_pack, outer_unpack = top if top is not None else (None, None)

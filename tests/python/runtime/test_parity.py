@@ -86,6 +86,32 @@ def test_units_named_by_hand_are_exact(tmp_path: Path) -> None:
     t.assert_same(t.plain(t.Stack, loop), ours)
 
 
+def test_training_is_exact_where_torch_does_not_tell_the_active_hooks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As torch 2.6 and 2.7 do not."""
+    monkeypatch.setattr("offload.runtime.saved_tensors.active_hooks", lambda: None)
+    for make in (t.Stack, t.Checkpointed):
+        loop = Loop(steps=2)
+        t.assert_same(t.plain(make, loop), t.offloaded(make, loop, tmp_path, 13 << 20))
+
+
+def test_checkpointing_keeps_no_activations(tmp_path: Path) -> None:
+    kept = {}
+    for make in (t.Stack, t.Checkpointed):
+        model = t.wrapped(make, tmp_path, 13 << 20)
+        saved: list[int] = []
+
+        def pack(tensor: t.torch.Tensor, saved: list[int] = saved) -> t.torch.Tensor:
+            saved.append(tensor.nbytes)
+            return tensor.detach()
+
+        with t.torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            model(t.torch.arange(24).view(2, 12))
+        kept[make] = sum(saved)
+    assert kept[t.Checkpointed] < kept[t.Stack] / 3
+
+
 def test_without_a_swap_directory_everything_stays_in_memory() -> None:
     loop = Loop()
     policy = t.offload.Policy(budget=t.offload.Budget(host="64MiB"), debug=True)
