@@ -7,6 +7,8 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -103,36 +105,37 @@ SCRIPT = """
 """
 
 
-def start(swap: Path) -> subprocess.Popen[str]:
+@contextmanager
+def started(swap: Path) -> Iterator[subprocess.Popen[str]]:
+    """The script above, training; killed at the end."""
     script = textwrap.dedent(SCRIPT).format(
         tests=str(Path(__file__).parent), swap=str(swap), budget=BUDGET
     )
-    process = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, cwd=Path.cwd()
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "ready\n"
-    return process
+    ) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
+            yield process
+        finally:
+            process.kill()
 
 
 def test_sigkill_leaves_nothing_on_disk(tmp_path: Path) -> None:
     for delay in (0.0, 0.3, 0.7):
-        process = start(tmp_path)
-        time.sleep(delay)
-        assert list(tmp_path.iterdir()) == []  # while it runs, too: the file has no name
-        process.send_signal(signal.SIGKILL)
-        assert process.wait(30) == -signal.SIGKILL
+        with started(tmp_path) as process:
+            time.sleep(delay)
+            assert list(tmp_path.iterdir()) == []  # while it runs, too: the file has no name
+            process.send_signal(signal.SIGKILL)
+            assert process.wait(30) == -signal.SIGKILL
         assert list(tmp_path.iterdir()) == []
 
 
 def test_ctrl_c_leaves_process_and_model_usable(tmp_path: Path) -> None:
-    process = start(tmp_path)
-    assert process.stdout is not None
-    try:
+    with started(tmp_path) as process:
+        assert process.stdout is not None
         for delay in (0.05, 0.2, 0.11, 0.17):
             time.sleep(delay)
             process.send_signal(signal.SIGINT)
             assert process.stdout.readline() == "usable\n"
-    finally:
-        process.kill()
-        process.wait(30)
