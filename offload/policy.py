@@ -138,6 +138,8 @@ class Policy:
             )
         if not 1 <= self.queue_depth <= 1024:
             raise PolicyError(f"Policy(queue_depth={self.queue_depth}): expected 1 to 1024")
+        if isinstance(self.units, str):
+            raise PolicyError(f"Policy(units={self.units!r}): expected a list of module names")
         if self.max_unit_bytes is not None:
             parse_bytes(self.max_unit_bytes, "Policy(max_unit_bytes=...)")
 

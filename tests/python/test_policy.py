@@ -152,3 +152,8 @@ def test_swap_path() -> None:
 def test_unit_limit() -> None:
     assert Policy(Budget(host="24MiB")).unit_limit == 2**20
     assert Policy(Budget(host="24MiB"), max_unit_bytes="3KiB").unit_limit == 3072
+
+
+def test_units_as_one_string_are_refused() -> None:
+    with pytest.raises(PolicyError, match="list of module names"):
+        Policy(budget=Budget(host=1 << 20), units="blocks")
