@@ -2,13 +2,14 @@
 #   make demo ARGS="…"    train a GPT larger than memory; ARGS go to examples/train_gpt.py
 #   make test             everything CI checks
 #   make bench ARGS="…"   every benchmark; ARGS="--quick" for a short look
+#   make fuzz             libFuzzer on the parsers of on-disk bytes, FUZZ_SECONDS=600; needs clang
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-CPP_FILES = $(shell find csrc tests/cpp -name '*.cc' -o -name '*.h')
+CPP_FILES = $(shell find csrc tests/cpp tests/fuzz -name '*.cc' -o -name '*.h')
 PY_DIRS = $(wildcard setup.py offload tests examples benchmarks)
 TYPED_DIRS = $(wildcard offload examples benchmarks)
 # High-entropy address layouts break some ThreadSanitizer versions ("unexpected memory mapping").
@@ -16,7 +17,7 @@ NO_ASLR := $(shell setarch $$(uname -m) -R true 2>/dev/null && echo setarch $$(u
 
 # Targets share the venv and two cores are soon full: one at a time, each parallel inside.
 .NOTPARALLEL:
-.PHONY: demo venv build test cpp-test py-test lint format bench clean
+.PHONY: demo venv build test cpp-test py-test lint format bench fuzz clean
 
 demo: build
 	$(BIN)/python examples/train_gpt.py $(ARGS)
@@ -84,6 +85,19 @@ format: $(VENV)/.stamp-dev
 
 bench: build $(VENV)/.stamp-dev
 	set -e; for script in benchmarks/*.py; do $(BIN)/python $$script $(ARGS); done
+
+FUZZ_SECONDS ?= 600
+FUZZ_CXX ?= clang++
+
+fuzz: $(VENV)/.stamp-run
+	$(BIN)/cmake -S tests/fuzz -B build/fuzz -G Ninja --no-warn-unused-cli \
+	  -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DCMAKE_CXX_COMPILER=$(FUZZ_CXX) \
+	  -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS_DEBUG=-O1
+	$(BIN)/cmake --build build/fuzz --target journal_fuzz journal_seeds
+	build/fuzz/journal_seeds build/fuzz/journal_seeds.d
+	mkdir -p build/fuzz/journal_corpus
+	build/fuzz/journal_fuzz -max_total_time=$(FUZZ_SECONDS) -max_len=65536 -print_final_stats=1 \
+	  -artifact_prefix=build/fuzz/ build/fuzz/journal_corpus build/fuzz/journal_seeds.d
 
 clean:
 	rm -rf build dist *.egg-info offload/_native*.so .pytest_cache .mypy_cache .ruff_cache

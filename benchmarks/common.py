@@ -19,16 +19,17 @@ _BLOCK = 4 * 2**20
 
 @dataclass(frozen=True)
 class Bar:
-    """A number that must stay at or below its target."""
+    """A number that must stay at or below its target, or with `at_least` at or above it."""
 
     name: str
     value: float
     target: float
+    at_least: bool = False
 
     @property
     def holds(self) -> bool:
         """Whether it does; a value that is not a number never does."""
-        return self.value <= self.target
+        return self.value >= self.target if self.at_least else self.value <= self.target
 
 
 def add_common_options(parser: argparse.ArgumentParser) -> None:
@@ -104,7 +105,8 @@ def finish(
     """Prints the bars, writes the JSON if asked to. Returns the exit code: 1 if a bar fails."""
     for bar in bars:
         verdict = "holds" if bar.holds else "FAILS"
-        print(f"{verdict}  {bar.name}: {bar.value:.6g}, at most {bar.target:.6g}")
+        side = "at least" if bar.at_least else "at most"
+        print(f"{verdict}  {bar.name}: {bar.value:.6g}, {side} {bar.target:.6g}")
     if options.json is not None:
         found = {
             "machine": machine(folder),

@@ -10,6 +10,7 @@ from offload.errors import (
     SpilledTensorError,
     SwapIOError,
     SwapSpaceError,
+    TransferCancelledError,
     UnsupportedError,
 )
 from offload.optim import AdamW
@@ -28,6 +29,7 @@ __all__ = [
     "SpilledTensorError",
     "SwapIOError",
     "SwapSpaceError",
+    "TransferCancelledError",
     "UnsupportedError",
     "optim",
     "report",

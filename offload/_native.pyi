@@ -6,7 +6,7 @@ offsets are in bytes, addresses are plain integers.
 """
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal, final
+from typing import Any, ClassVar, Literal, final
 
 from typing_extensions import Buffer
 
@@ -29,7 +29,15 @@ class Lease(Buffer):
 class HostArena:
     """All host memory of a wrapped model, under one hard budget."""
 
-    def __init__(self, budget: int, poison: bool = False) -> None: ...
+    def __init__(
+        self, budget: int, poison: bool = False, pin: Literal["cuda"] | None = None
+    ) -> None:
+        """Reserve addresses for `budget` bytes; pages follow as they are first needed.
+
+        With `poison`, memory is filled with 0xFF bytes when it is given back. With `pin`, it is
+        page-locked for CUDA; raises UnsupportedError where that cannot be.
+        """
+
     def try_allocate(self, nbytes: int) -> Lease | None:
         """Return a lease, or None when the budget has no room for it."""
 
@@ -37,33 +45,87 @@ class HostArena:
         """Return a lease; raises BudgetError when the budget has no room for it."""
 
     def usage(self) -> dict[str, int]:
-        """Return bytes: budget, in_use, peak, committed, largest_free."""
+        """Return bytes: budget, in_use, peak, committed, largest_free; and allocations so far."""
+
+    @property
+    def note(self) -> str:
+        """What could not be had and was done without, such as a NUMA placement; often empty."""
 
 @final
 class Transfer:
     """Bytes in flight. It goes on when the last reference to it is dropped."""
 
     def done(self) -> bool: ...
+    def cancel(self) -> None:
+        """Do not start what has not started; ``wait`` then raises TransferCancelledError."""
+
     def wait(self) -> None:
         """Block until done; raises the transfer's error."""
 
 @final
 class SwapStore:
-    """Objects in an unnamed swap file in ``dir``."""
+    """Objects in swap files, one in each of the directories `dirs`.
 
-    block_bytes: ClassVar[int]
-    @staticmethod
-    def footprint(nbytes: int) -> int:
-        """Return the bytes of the file that an object of `nbytes` takes."""
+    An object is moved in blocks of `block_bytes`. Several directories share the blocks in
+    proportion to `rates` (any unit; none: alike). `phase_bytes`, by directory: bytes read or
+    written before the other direction has its turn; 0 mixes them. `encrypt`: AES-256-XTS with a key
+    that is only in memory.
+    """
 
+    default_block_bytes: ClassVar[int]
     def __init__(
-        self, dir: str, engine: str = "auto", queue_depth: int = 16, threads: int = 4
+        self,
+        dirs: str | list[str],
+        engine: str = "auto",
+        queue_depth: int = 16,
+        threads: int = 4,
+        block_bytes: int = ...,
+        rates: list[float] = ...,
+        phase_bytes: list[int] = ...,
+        encrypt: bool = False,
     ) -> None: ...
-    def reserve(self, nbytes: int, spare: int) -> None:
-        """Grow the file for `nbytes` of objects and `spare` bytes of replaced versions."""
+    @staticmethod
+    def open_durable(
+        dirs: str | list[str],
+        name: str,
+        create: bool,
+        engine: str = "auto",
+        queue_depth: int = 16,
+        threads: int = 4,
+        block_bytes: int = ...,
+        rates: list[float] = ...,
+        phase_bytes: list[int] = ...,
+    ) -> SwapStore:
+        """Return a store with named files that outlives the process: new, or as last committed."""
 
-    def create(self, nbytes: int) -> int:
-        """Return the id of a new object of `nbytes`, not written yet."""
+    @staticmethod
+    def bounce_bytes_for(dirs: int, queue_depth: int, block_bytes: int) -> int:
+        """Return the memory that an encrypted store of these options takes for itself."""
+
+    @property
+    def block_bytes(self) -> int: ...
+    def footprint(self, nbytes: int) -> int:
+        """Return the bytes of the files that an object of `nbytes` takes."""
+
+    def reserve(self, nbytes: int, spare: int) -> None:
+        """Grow the files for `nbytes` of objects and `spare` bytes of replaced versions."""
+
+    def create(self, nbytes: int, key: str = "") -> int:
+        """Return the id of a new object of `nbytes`, not written yet.
+
+        Objects of a durable store have a `key`, others none.
+        """
+
+    def find(self, key: str) -> int | None:
+        """Return the id of the object with `key`."""
+
+    def keys(self) -> list[str]: ...
+    def nbytes(self, object: int) -> int: ...
+    def commit(self) -> None:
+        """Make what was written, created and removed so far durable, in one step."""
+
+    def add_memory(self, memory: HostArena) -> None:
+        """Name memory that transfers will often use; it may be kept pinned for that."""
 
     def remove(self, object: int) -> None: ...
     def written(self, object: int, offset: int) -> bool:
@@ -75,11 +137,12 @@ class SwapStore:
     def read(self, object: int, lease: Lease, nbytes: int, demand: bool = False) -> Transfer:
         """Start to read the whole object to the first `nbytes` of `lease`."""
 
-    def stats(self) -> dict[str, float]:
+    def stats(self) -> dict[str, Any]:
         """Return counters since the store was opened.
 
         Bytes: bytes_read, bytes_written, reserved_bytes, free_bytes. Counts: requests, continued,
-        retried, failed, objects. Seconds: busy_seconds.
+        retried, failed, objects. Seconds: busy_seconds. `files`: a list with the same for each
+        directory, its `path`, and whether it was found `full`.
         """
 
     @property
@@ -92,8 +155,17 @@ class SwapStore:
     def in_memory(self) -> bool: ...
     @property
     def note(self) -> str: ...
+    @property
+    def encrypted(self) -> bool: ...
+    @property
+    def durable(self) -> bool: ...
+    @property
+    def bounce_bytes(self) -> int: ...
     def close(self) -> None:
-        """Wait for what is in flight and close the file; later calls raise OffloadError."""
+        """End transfers in flight, cancel those not started, close the files.
+
+        Later calls raise OffloadError.
+        """
 
 @final
 class AtenRounding:
@@ -144,7 +216,10 @@ class UpdateSegment:
 class UpdatePipeline:
     """Read, update and write of optimizer state in native threads."""
 
-    staging_set_bytes: ClassVar[int]
+    @staticmethod
+    def staging_set_bytes(block_bytes: int = ...) -> int:
+        """Return the memory of one chunk's operands."""
+
     def __init__(
         self, store: SwapStore | None, arena: HostArena, staging_sets: int, threads: int
     ) -> None: ...

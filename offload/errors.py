@@ -31,6 +31,10 @@ class CorruptionError(OffloadError, OSError):
     """The disk returned other bytes than were written (checksum mismatch, truncated file)."""
 
 
+class TransferCancelledError(OffloadError):
+    """A transfer was cancelled before it started."""
+
+
 class UnsupportedError(OffloadError):
     """This machine, this build or this kind of tensor cannot do what was asked."""
 
@@ -46,6 +50,7 @@ _BY_CODE: dict[str, type[OffloadError]] = {
     "os error": SwapIOError,
     "corrupt": CorruptionError,
     "unsupported": UnsupportedError,
+    "cancelled": TransferCancelledError,
 }
 
 
@@ -59,7 +64,7 @@ def from_native(code: str, errno: int, path: str, message: str) -> OffloadError:
         message: one sentence for people.
     """
     kind = _BY_CODE.get(code, OffloadError)
-    if issubclass(kind, OSError):
+    if issubclass(kind, OSError) and errno != 0:
         error = kind(errno, message)
         if path:
             error.filename = path

@@ -94,15 +94,19 @@ class Policy:
     Attributes:
         budget: the hard limits.
         device: where the compute runs; "cpu".
-        swap_dir: directory on the disk to spill to; it must exist. None: nothing may be spilled,
-            and a model that does not fit into the host budget is refused.
+        swap_dir: directory on the disk to spill to; it must exist. Several directories, on disks of
+            their own, are striped in proportion to their rates. None: nothing may be spilled, and
+            a model that does not fit into the host budget is refused.
         units: names of modules (as in ``model.named_modules()``) whose parameters are fetched and
             released together. None: found automatically.
         max_unit_bytes: a block found automatically is split into its child modules while it is
             larger than this. None: 1/24 of the host budget, so that several units fit at once.
         io_engine: "auto" (io_uring where the kernel offers it, threads elsewhere), "io_uring" or
             "threads".
-        queue_depth: I/O requests in flight at the most.
+        queue_depth: I/O requests in flight at the most, in each swap directory.
+        io_block_bytes: bytes of one I/O request, a power of two from 64 KiB to 16 MiB.
+        encrypt_swap: encrypt what is written to disk (AES-256-XTS), with a key that is only in
+            memory.
         lazy_step: let ``offload.AdamW.step()`` return at once, the update of each unit being done
             in the background before that unit is next used. False: ``step()`` returns when all
             is updated. The results are the same bits.
@@ -111,11 +115,13 @@ class Policy:
 
     budget: Budget
     device: str = "cpu"
-    swap_dir: str | PathLike[str] | None = None
+    swap_dir: str | PathLike[str] | Sequence[str | PathLike[str]] | None = None
     units: Sequence[str] | None = None
     max_unit_bytes: int | str | None = None
     io_engine: str = "auto"
     queue_depth: int = 16
+    io_block_bytes: int | str = 2**20
+    encrypt_swap: bool = False
     lazy_step: bool = True
     debug: bool = False
 
@@ -138,15 +144,34 @@ class Policy:
             )
         if not 1 <= self.queue_depth <= 1024:
             raise PolicyError(f"Policy(queue_depth={self.queue_depth}): expected 1 to 1024")
+        block = parse_bytes(self.io_block_bytes, "Policy(io_block_bytes=...)")
+        if block.bit_count() != 1 or not 2**16 <= block <= 2**24:
+            raise PolicyError(
+                f"Policy(io_block_bytes={self.io_block_bytes!r}): expected a power of two from "
+                "64 KiB to 16 MiB"
+            )
+        if len(set(self.swap_dirs)) != len(self.swap_dirs):
+            raise PolicyError(f"Policy(swap_dir={self.swap_dir!r}): a directory is named twice")
+        if self.swap_dir is not None and not self.swap_dirs:
+            raise PolicyError("Policy(swap_dir=[]): name a directory, or None")
         if isinstance(self.units, str):
             raise PolicyError(f"Policy(units={self.units!r}): expected a list of module names")
         if self.max_unit_bytes is not None:
             parse_bytes(self.max_unit_bytes, "Policy(max_unit_bytes=...)")
 
     @property
-    def swap_path(self) -> str | None:
-        """The swap directory as a string, None when there is none."""
-        return None if self.swap_dir is None else fspath(self.swap_dir)
+    def swap_dirs(self) -> tuple[str, ...]:
+        """The swap directories as strings; none when nothing may be spilled."""
+        if self.swap_dir is None:
+            return ()
+        if isinstance(self.swap_dir, str | PathLike):
+            return (fspath(self.swap_dir),)
+        return tuple(fspath(folder) for folder in self.swap_dir)
+
+    @property
+    def block_bytes(self) -> int:
+        """``io_block_bytes`` as a number."""
+        return parse_bytes(self.io_block_bytes, "Policy(io_block_bytes=...)")
 
     @property
     def unit_limit(self) -> int:

@@ -25,6 +25,8 @@ const char* code_name(Code code) {
       return "unsupported";
     case Code::kClosed:
       return "closed";
+    case Code::kCancelled:
+      return "cancelled";
   }
   return "unknown";
 }

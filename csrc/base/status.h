@@ -22,6 +22,7 @@ enum class Code : std::uint8_t {
   kInvalid,      // the caller broke a stated requirement
   kUnsupported,  // this machine, kernel or filesystem cannot do it
   kClosed,       // the object was closed, or the operation was cancelled by close()
+  kCancelled,    // the caller cancelled the operation before it started
 };
 
 // Name of `code` for messages: "no space", "budget", ...

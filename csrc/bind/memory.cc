@@ -1,17 +1,29 @@
-// Memory: HostArena and Lease.
+// Memory: HostArena (the stack of make_host_memory) and Lease.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <cstdint>
 #include <memory>
+#include <optional>
+#include <string>
 
 #include "bind/bindings.h"
 #include "bind/errors.h"
-#include "mem/host_arena.h"
+#include "mem/cuda_registrar.h"
+#include "mem/make_host_memory.h"
 
 namespace py = pybind11;
 
 namespace offload::bind {
+namespace {
+
+std::shared_ptr<MemoryRegistrar> registrar_for(const std::optional<std::string>& pin) {
+  if (!pin.has_value()) return nullptr;
+  if (*pin == "cuda") return take(CudaRegistrar::create());
+  raise(Status::error(Code::kInvalid, "pin must be None or 'cuda', not '" + *pin + "'"));
+}
+
+}  // namespace
 
 void bind_memory(py::module_& m) {
   py::class_<Lease, std::shared_ptr<Lease>>(m, "Lease", py::buffer_protocol())
@@ -23,15 +35,18 @@ void bind_memory(py::module_& m) {
         return py::buffer_info(reinterpret_cast<std::uint8_t*>(lease.data()),
                                static_cast<py::ssize_t>(lease.nbytes()));
       });
-  py::class_<HostArena, std::shared_ptr<HostArena>>(m, "HostArena")
-      .def(py::init([](std::uint64_t budget, bool poison) {
-             return take(HostArena::create(budget, poison));
+  py::class_<HostMemory, std::shared_ptr<HostMemory>>(m, "HostArena")
+      .def(py::init([](std::uint64_t budget, bool poison, const std::optional<std::string>& pin) {
+             HostMemoryOptions options;
+             options.poison = poison;
+             options.arena.registrar = registrar_for(pin);
+             return take(make_host_memory(budget, options));
            }),
-           py::arg("budget"), py::arg("poison") = false)
+           py::arg("budget"), py::arg("poison") = false, py::arg("pin") = py::none())
       .def(
           "try_allocate",
-          [](HostArena& arena, std::uint64_t nbytes) -> std::shared_ptr<Lease> {
-            Result<Lease> lease = arena.allocate(nbytes);
+          [](HostMemory& memory, std::uint64_t nbytes) -> std::shared_ptr<Lease> {
+            Result<Lease> lease = unlocked([&] { return memory.allocate(nbytes); });
             if (lease.is_ok()) return std::make_shared<Lease>(lease.take());
             if (lease.status().code() == Code::kBudget) return nullptr;
             raise(lease.status());
@@ -39,20 +54,23 @@ void bind_memory(py::module_& m) {
           py::arg("nbytes"), "A lease, or None when the budget has no room for it.")
       .def(
           "allocate",
-          [](HostArena& arena, std::uint64_t nbytes) {
-            return std::make_shared<Lease>(take(arena.allocate(nbytes)));
+          [](HostMemory& memory, std::uint64_t nbytes) {
+            return std::make_shared<Lease>(take(unlocked([&] { return memory.allocate(nbytes); })));
           },
           py::arg("nbytes"))
-      .def("usage", [](const HostArena& arena) {
-        const HostArena::Usage usage = arena.usage();
-        py::dict d;
-        d["budget"] = usage.budget;
-        d["in_use"] = usage.in_use;
-        d["peak"] = usage.peak;
-        d["committed"] = usage.committed;
-        d["largest_free"] = usage.largest_free;
-        return d;
-      });
+      .def("usage",
+           [](const HostMemory& memory) {
+             const HostMemory::Usage usage = memory.usage();
+             py::dict d;
+             d["budget"] = usage.budget;
+             d["in_use"] = usage.in_use;
+             d["peak"] = usage.peak;
+             d["allocations"] = usage.allocations;
+             d["committed"] = usage.committed;
+             d["largest_free"] = usage.largest_free;
+             return d;
+           })
+      .def_property_readonly("note", [](const HostMemory& memory) { return memory.note(); });
 }
 
 }  // namespace offload::bind

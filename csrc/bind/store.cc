@@ -4,12 +4,15 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
+#include <variant>
+#include <vector>
 
 #include "bind/bindings.h"
 #include "bind/errors.h"
 #include "io/probe.h"
-#include "mem/host_arena.h"
+#include "mem/host_memory.h"
 #include "store/swap_store.h"
 #include "stream/transfer.h"
 
@@ -40,19 +43,86 @@ void wait(Transfer& transfer) {
   check(transfer.wait());
 }
 
-py::dict counters_dict(const SwapStore::Stats& stats) {
+void add_counters(py::dict& d, const IoCounters& io) {
+  d["bytes_read"] = io.bytes_read;
+  d["bytes_written"] = io.bytes_written;
+  d["requests"] = io.requests;
+  d["continued"] = io.continued;
+  d["retried"] = io.retried;
+  d["failed"] = io.failed;
+  d["busy_seconds"] = static_cast<double>(io.busy_ns) * 1e-9;
+}
+
+py::dict stats_dict(const SwapStore& store) {
+  const SwapStore::Stats stats = store.stats();
   py::dict d;
-  d["bytes_read"] = stats.io.bytes_read;
-  d["bytes_written"] = stats.io.bytes_written;
-  d["requests"] = stats.io.requests;
-  d["continued"] = stats.io.continued;
-  d["retried"] = stats.io.retried;
-  d["failed"] = stats.io.failed;
-  d["busy_seconds"] = static_cast<double>(stats.io.busy_ns) * 1e-9;
-  d["reserved_bytes"] = stats.slots * SwapStore::kBlockBytes;
-  d["free_bytes"] = stats.free_slots * SwapStore::kBlockBytes;
+  add_counters(d, stats.io);
+  d["reserved_bytes"] = stats.slots * store.block_bytes();
+  d["free_bytes"] = stats.free_slots * store.block_bytes();
   d["objects"] = stats.objects;
+  py::list files;
+  for (std::size_t i = 0; i < stats.files.size(); ++i) {
+    const SwapStore::Stats::File& file = stats.files[i];
+    py::dict f;
+    f["path"] = store.stripes()[i].file.path;
+    add_counters(f, file.io);
+    f["reserved_bytes"] = file.slots * store.block_bytes();
+    f["free_bytes"] = file.free_slots * store.block_bytes();
+    f["full"] = file.full;
+    files.append(f);
+  }
+  d["files"] = files;
   return d;
+}
+
+// What `text` says of each file, with its directory where there are several; empty ones left out.
+template <typename Text>
+std::string of_each_file(const SwapStore& store, Text text) {
+  const Stripes& stripes = store.stripes();
+  std::string all;
+  for (std::size_t i = 0; i < stripes.count(); ++i) {
+    const std::string one = text(stripes[i]);
+    if (one.empty()) continue;
+    if (!all.empty()) all += "; ";
+    if (stripes.count() > 1) all += stripes[i].file.path + ": ";
+    all += one;
+  }
+  return all;
+}
+
+template <typename Holds>
+bool any_file(const SwapStore& store, Holds holds) {
+  for (std::size_t i = 0; i < store.stripes().count(); ++i) {
+    if (holds(store.stripes()[i].file)) return true;
+  }
+  return false;
+}
+
+using Dirs = std::variant<std::string, std::vector<std::string>>;
+
+SwapStoreOptions store_options(const Dirs& dirs, const std::string& engine, unsigned queue_depth,
+                               unsigned threads, std::uint64_t block_bytes,
+                               const std::vector<double>& rates,
+                               const std::vector<std::uint64_t>& phase_bytes) {
+  SwapStoreOptions options;
+  const auto* several = std::get_if<std::vector<std::string>>(&dirs);
+  const std::vector<std::string> paths =
+      several != nullptr ? *several : std::vector<std::string>{std::get<std::string>(dirs)};
+  if ((!rates.empty() && rates.size() != paths.size()) ||
+      (!phase_bytes.empty() && phase_bytes.size() != paths.size())) {
+    raise(Status::error(Code::kInvalid, "there are " + std::to_string(paths.size()) +
+                                            " swap directories; give as many rates and "
+                                            "phase_bytes, or none"));
+  }
+  for (std::size_t i = 0; i < paths.size(); ++i) {
+    options.dirs.push_back(
+        {paths[i], rates.empty() ? 1 : rates[i], phase_bytes.empty() ? 0 : phase_bytes[i]});
+  }
+  options.engine = engine_kind(engine);
+  options.io.queue_depth = queue_depth;
+  options.io.threads = threads;
+  options.block_bytes = block_bytes;
+  return options;
 }
 
 }  // namespace
@@ -60,22 +130,43 @@ py::dict counters_dict(const SwapStore::Stats& stats) {
 void bind_store(py::module_& m) {
   py::class_<Transfer, std::shared_ptr<Transfer>>(m, "Transfer")
       .def("done", &Transfer::done)
+      .def("cancel", &Transfer::cancel)
       .def("wait", &wait, "Block until done; raises the transfer's error.");
   py::class_<SwapStore, std::shared_ptr<SwapStore>>(m, "SwapStore")
-      .def(py::init([](const std::string& dir, const std::string& engine, unsigned queue_depth,
-                       unsigned threads) {
-             SwapStore::Options options;
-             options.dir = dir;
-             options.engine = engine_kind(engine);
-             options.io.queue_depth = queue_depth;
-             options.io.threads = threads;
-             return take(SwapStore::open(options));
-           }),
-           py::arg("dir"), py::arg("engine") = "auto", py::arg("queue_depth") = 16,
-           py::arg("threads") = 4)
-      .def_property_readonly_static("block_bytes",
-                                    [](const py::object&) { return SwapStore::kBlockBytes; })
-      .def_static("footprint", &SwapStore::footprint, py::arg("nbytes"))
+      .def(
+          py::init([](const Dirs& dirs, const std::string& engine, unsigned queue_depth,
+                      unsigned threads, std::uint64_t block_bytes, const std::vector<double>& rates,
+                      const std::vector<std::uint64_t>& phase_bytes, bool encrypt) {
+            SwapStoreOptions options =
+                store_options(dirs, engine, queue_depth, threads, block_bytes, rates, phase_bytes);
+            options.encrypt = encrypt;
+            return take(unlocked([&] { return SwapStore::open(options); }));
+          }),
+          py::arg("dirs"), py::arg("engine") = "auto", py::arg("queue_depth") = 16,
+          py::arg("threads") = 4, py::arg("block_bytes") = SwapStoreOptions::kDefaultBlockBytes,
+          py::arg("rates") = std::vector<double>(),
+          py::arg("phase_bytes") = std::vector<std::uint64_t>(), py::arg("encrypt") = false)
+      .def_static(
+          "open_durable",
+          [](const Dirs& dirs, const std::string& name, bool create, const std::string& engine,
+             unsigned queue_depth, unsigned threads, std::uint64_t block_bytes,
+             const std::vector<double>& rates, const std::vector<std::uint64_t>& phase_bytes) {
+            const SwapStoreOptions options =
+                store_options(dirs, engine, queue_depth, threads, block_bytes, rates, phase_bytes);
+            return take(unlocked([&] { return SwapStore::open_durable(options, name, create); }));
+          },
+          py::arg("dirs"), py::arg("name"), py::arg("create"), py::arg("engine") = "auto",
+          py::arg("queue_depth") = 16, py::arg("threads") = 4,
+          py::arg("block_bytes") = SwapStoreOptions::kDefaultBlockBytes,
+          py::arg("rates") = std::vector<double>(),
+          py::arg("phase_bytes") = std::vector<std::uint64_t>())
+      .def_property_readonly_static(
+          "default_block_bytes",
+          [](const py::object&) { return SwapStoreOptions::kDefaultBlockBytes; })
+      .def_static("bounce_bytes_for", &SwapStore::bounce_bytes_for, py::arg("dirs"),
+                  py::arg("queue_depth"), py::arg("block_bytes"))
+      .def_property_readonly("block_bytes", &SwapStore::block_bytes)
+      .def("footprint", &SwapStore::footprint, py::arg("nbytes"))
       .def(
           "reserve",
           [](SwapStore& store, std::uint64_t nbytes, std::uint64_t spare) {
@@ -84,10 +175,33 @@ void bind_store(py::module_& m) {
           py::arg("nbytes"), py::arg("spare"))
       .def(
           "create",
-          [](SwapStore& store, std::uint64_t nbytes) { return take(store.create(nbytes)); },
-          py::arg("nbytes"))
+          [](SwapStore& store, std::uint64_t nbytes, const std::string& key) {
+            return take(unlocked([&] { return store.create(nbytes, key); }));
+          },
+          py::arg("nbytes"), py::arg("key") = "")
       .def(
-          "remove", [](SwapStore& store, ObjectId object) { check(store.remove(object)); },
+          "find",
+          [](SwapStore& store, const std::string& key) -> std::optional<ObjectId> {
+            const ObjectId id = take(store.find(key));
+            return id == kNoObject ? std::nullopt : std::optional<ObjectId>(id);
+          },
+          py::arg("key"))
+      .def("keys", [](SwapStore& store) { return take(store.keys()); })
+      .def(
+          "nbytes", [](SwapStore& store, ObjectId object) { return take(store.nbytes(object)); },
+          py::arg("object"))
+      .def("commit", [](SwapStore& store) { check(unlocked([&] { return store.commit(); })); })
+      .def(
+          "add_memory",
+          [](SwapStore& store, const std::shared_ptr<HostMemory>& memory) {
+            store.add_memory({memory->base(), memory->capacity(), memory});
+          },
+          py::arg("memory"))
+      .def(
+          "remove",
+          [](SwapStore& store, ObjectId object) {
+            check(unlocked([&] { return store.remove(object); }));
+          },
           py::arg("object"))
       .def(
           "written",
@@ -113,13 +227,31 @@ void bind_store(py::module_& m) {
                 unlocked([&] { return Transfer::read(store, object, lease, nbytes, priority); }));
           },
           py::arg("object"), py::arg("lease"), py::arg("nbytes"), py::arg("demand") = false)
-      .def("stats", [](const SwapStore& store) { return counters_dict(store.stats()); })
-      .def_property_readonly("engine", &SwapStore::engine_name)
-      .def_property_readonly("engine_reason", &SwapStore::engine_reason)
-      .def_property_readonly("direct", [](const SwapStore& store) { return store.file().direct; })
+      .def("stats", &stats_dict)
+      .def_property_readonly(
+          "engine", [](const SwapStore& store) { return store.stripes()[0].engine->name(); })
+      .def_property_readonly("engine_reason",
+                             [](const SwapStore& store) {
+                               return of_each_file(store,
+                                                   [](const Stripe& s) { return s.engine_reason; });
+                             })
+      .def_property_readonly("direct",
+                             [](const SwapStore& store) {
+                               return !any_file(store, [](const SwapFile& f) { return !f.direct; });
+                             })
       .def_property_readonly("in_memory",
-                             [](const SwapStore& store) { return store.file().in_memory; })
-      .def_property_readonly("note", [](const SwapStore& store) { return store.file().note; })
+                             [](const SwapStore& store) {
+                               return any_file(store,
+                                               [](const SwapFile& f) { return f.in_memory; });
+                             })
+      .def_property_readonly("note",
+                             [](const SwapStore& store) {
+                               return of_each_file(store,
+                                                   [](const Stripe& s) { return s.file.note; });
+                             })
+      .def_property_readonly("encrypted", &SwapStore::encrypted)
+      .def_property_readonly("durable", &SwapStore::durable)
+      .def_property_readonly("bounce_bytes", &SwapStore::bounce_bytes)
       .def("close", [](SwapStore& store) { check(unlocked([&] { return store.close(); })); });
 }
 

@@ -11,7 +11,7 @@
 
 #include "bind/bindings.h"
 #include "bind/errors.h"
-#include "mem/host_arena.h"
+#include "mem/host_memory.h"
 #include "optim/adamw.h"
 #include "optim/aten_rounding.h"
 #include "optim/isa.h"
@@ -82,14 +82,14 @@ void bind_update(py::module_& m) {
            py::arg("begin"), py::arg("end"), py::arg("hyper"), py::arg("factors"))
       .def_readonly("begin", &UpdateSegment::begin);
   py::class_<UpdatePipeline, std::shared_ptr<UpdatePipeline>>(m, "UpdatePipeline")
-      .def(py::init([](std::shared_ptr<SwapStore> store, const std::shared_ptr<HostArena>& arena,
+      .def(py::init([](std::shared_ptr<SwapStore> store, const std::shared_ptr<HostMemory>& arena,
                        unsigned staging_sets, unsigned threads) {
              return take(UpdatePipeline::create(std::move(store), arena, {staging_sets, threads}));
            }),
            py::arg("store").none(true), py::arg("arena"), py::arg("staging_sets"),
            py::arg("threads"))
-      .def_property_readonly_static(
-          "staging_set_bytes", [](const py::object&) { return UpdatePipeline::kStagingSetBytes; })
+      .def_static("staging_set_bytes", &UpdatePipeline::staging_set_bytes,
+                  py::arg("block_bytes") = SwapStoreOptions::kDefaultBlockBytes)
       .def(
           "submit",
           [](UpdatePipeline& pipeline, std::uint64_t numel, const UpdateOperand& param,

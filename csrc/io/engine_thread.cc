@@ -44,13 +44,15 @@ Result<EngineThread> EngineThread::start(const char* name, std::function<void()>
   return EngineThread(handle);
 }
 
-EngineThread::EngineThread(EngineThread&& other) noexcept
-    : handle_(std::exchange(other.handle_, std::nullopt)) {}
+EngineThread::EngineThread(EngineThread&& other) noexcept {
+  *this = std::move(other);
+}
 
 EngineThread& EngineThread::operator=(EngineThread&& other) noexcept {
   if (this != &other) {
     join();
-    handle_ = std::exchange(other.handle_, std::nullopt);
+    if (other.handle_.has_value()) handle_.emplace(*other.handle_);
+    other.handle_.reset();
   }
   return *this;
 }
@@ -63,7 +65,7 @@ void EngineThread::join() {
   if (!handle_.has_value()) return;
   // Fails only for a thread that is not joinable or is this one, which start() and REQUIRES rule
   // out.
-  static_cast<void>(pthread_join(*handle_, nullptr));
+  if (handle_->owner.is_current()) static_cast<void>(pthread_join(handle_->thread, nullptr));
   handle_.reset();
 }
 

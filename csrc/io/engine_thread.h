@@ -12,6 +12,7 @@
 #include <optional>
 
 #include "base/status.h"
+#include "sys/at_fork.h"
 
 namespace offload {
 
@@ -28,16 +29,20 @@ class EngineThread {
   EngineThread& operator=(EngineThread&& other) noexcept;
   EngineThread(const EngineThread&) = delete;
   EngineThread& operator=(const EngineThread&) = delete;
-  ~EngineThread();  // joins
+  ~EngineThread();  // joins; in a forked child, where there is no such thread, lets go of it
 
   bool joinable() const { return handle_.has_value(); }
   // Waits for the body to return. REQUIRES: not called on the thread itself.
   void join();
 
  private:
-  explicit EngineThread(pthread_t handle) : handle_(handle) {}
+  struct Handle {
+    pthread_t thread;
+    OwnerProcess owner;
+  };
+  explicit EngineThread(pthread_t thread) { handle_.emplace(Handle{thread, {}}); }
 
-  std::optional<pthread_t> handle_;
+  std::optional<Handle> handle_;
 };
 
 }  // namespace offload

@@ -2,7 +2,7 @@
 
 #include <utility>
 
-#include "io/request_queue.h"
+#include "io/io_scheduler.h"
 #include "io/thread_pool_engine.h"
 #include "io/uring_engine.h"
 
@@ -15,9 +15,10 @@ Result<EngineChoice> make_engine(EngineKind kind, const IoEngineOptions& options
   if (kind != EngineKind::kThreads) {
     Result<std::unique_ptr<IoEngine>> ring = make_uring_engine(options);
     if (ring.is_ok()) {
-      return EngineChoice{ring.take(), kind == EngineKind::kUring
-                                           ? "io_uring: requested"
-                                           : "io_uring: the kernel supports all that is needed"};
+      reason = kind == EngineKind::kUring ? "io_uring: requested"
+                                          : "io_uring: the kernel supports all that is needed";
+      reason += " (" + ring.value()->describe() + ")";
+      return EngineChoice{ring.take(), std::move(reason)};
     }
     if (kind == EngineKind::kUring) return ring.status();
     reason = "threads: no io_uring, " + ring.status().to_string();

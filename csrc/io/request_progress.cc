@@ -6,6 +6,17 @@
 
 namespace offload {
 
+IoCounters& IoCounters::operator+=(const IoCounters& other) {
+  bytes_read += other.bytes_read;
+  bytes_written += other.bytes_written;
+  requests += other.requests;
+  continued += other.continued;
+  retried += other.retried;
+  failed += other.failed;
+  busy_ns += other.busy_ns;
+  return *this;
+}
+
 void IoMeter::started() {
   std::lock_guard lock(mutex_);
   if (in_flight_++ == 0) busy_since_ = Clock::now();
@@ -38,6 +49,20 @@ IoCounters IoMeter::snapshot() const {
     counters.busy_ns += std::chrono::nanoseconds(Clock::now() - busy_since_).count();
   }
   return counters;
+}
+
+bool is_cancelled(const IoRequest& request) {
+  return request.cancel != nullptr && request.cancel->load(std::memory_order_acquire);
+}
+
+Status cancelled_error(const IoRequest& request) {
+  return Status::error(Code::kCancelled, std::string("the ") +
+                                             (request.op == IoOp::kRead ? "read" : "write") +
+                                             " was cancelled before it started");
+}
+
+Status closed_error() {
+  return Status::error(Code::kClosed, "the I/O engine was closed");
 }
 
 std::size_t next_transfer_bytes(IoRequest& request) {

@@ -45,6 +45,12 @@ enum class Progress : std::uint8_t {
   kDone,    // all bytes moved
 };
 
+// Whether its owner cancelled it, and what it then completes with.
+bool is_cancelled(const IoRequest& request);
+Status cancelled_error(const IoRequest& request);
+// What a queued request completes with when its engine is closed.
+Status closed_error();
+
 // Bytes to ask for next.
 std::size_t next_transfer_bytes(IoRequest& request);
 

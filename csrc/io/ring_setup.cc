@@ -2,7 +2,10 @@
 
 #ifdef OFFLOAD_HAVE_LIBURING
 
+#include <sys/utsname.h>
+
 #include <cerrno>
+#include <cstdio>
 
 #include "sys/syscall_hooks.h"
 
@@ -39,6 +42,16 @@ Status open_ring(unsigned entries, io_uring& ring) {
   io_uring_free_probe(probe);
   if (!status.is_ok()) io_uring_queue_exit(&ring);
   return status;
+}
+
+std::string describe_ring(const io_uring& ring) {
+  utsname system = {};
+  // Fails only for a bad address.
+  static_cast<void>(::uname(&system));
+  char features[16];
+  std::snprintf(features, sizeof(features), "0x%x", ring.features);
+  return std::string("Linux ") + system.release + ", ring features " + features + ", flags " +
+         std::to_string(ring.flags);
 }
 
 }  // namespace offload

@@ -5,6 +5,8 @@
 
 #include <liburing.h>
 
+#include <string>
+
 #include "base/status.h"
 
 namespace offload {
@@ -14,6 +16,9 @@ namespace offload {
 // kernel refuses a ring. REQUIRES: only the calling thread will use the ring. After ok the caller
 // owes io_uring_queue_exit.
 Status open_ring(unsigned entries, io_uring& ring);
+
+// One line about the kernel's side of it.
+std::string describe_ring(const io_uring& ring);
 
 }  // namespace offload
 

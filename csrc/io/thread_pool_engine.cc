@@ -1,14 +1,16 @@
 #include "io/thread_pool_engine.h"
 
 #include <algorithm>
-#include <condition_variable>
 #include <mutex>
+#include <span>
+#include <string>
 #include <utility>
 #include <vector>
 
 #include "io/engine_thread.h"
+#include "io/io_scheduler.h"
 #include "io/request_progress.h"
-#include "io/request_queue.h"
+#include "sys/at_fork.h"
 #include "sys/file.h"
 
 namespace offload {
@@ -19,8 +21,10 @@ thread_local const ThreadPoolEngine* t_engine = nullptr;  // whose worker this t
 
 class ThreadPoolEngine final : public IoEngine {
  public:
+  explicit ThreadPoolEngine(std::uint64_t phase_bytes) : scheduler_(phase_bytes) {}
+
   ~ThreadPoolEngine() override {
-    // Cannot fail: a destructor on a worker would already break the contract of complete().
+    // The owner that wants to know has called close().
     static_cast<void>(close());
   }
 
@@ -36,18 +40,27 @@ class ThreadPoolEngine final : public IoEngine {
 
   const char* name() const override { return "threads"; }
 
-  Status submit(const std::vector<IoRequest*>& requests) override {
+  std::string describe() const override {
+    return std::to_string(threads_.size()) + " threads with pread and pwrite";
+  }
+
+  Status submit(std::span<IoRequest* const> requests) override {
     OFFLOAD_RETURN_IF_ERROR(validate_requests(requests));
+    if (!owner_.is_current()) return forked_error("submit");
     {
       std::lock_guard lock(mutex_);
       if (closing_) return Status::error(Code::kClosed, "submit: the I/O engine is closed");
-      for (IoRequest* request : requests) queue_.push(request);
+      for (IoRequest* request : requests) scheduler_.push(request);
     }
     requests.size() == 1 ? wake_.notify_one() : wake_.notify_all();
     return Status::ok();
   }
 
+  // pread and pwrite gain nothing from it.
+  void add_memory(MemoryRegion region) override { static_cast<void>(region); }
+
   Status close() override {
+    if (!owner_.is_current()) return forked_error("close");
     if (t_engine == this) {
       return Status::error(Code::kInvalid, "close: called on an engine thread");
     }
@@ -67,23 +80,30 @@ class ThreadPoolEngine final : public IoEngine {
  private:
   void run() {
     t_engine = this;
+    std::unique_lock lock(mutex_);
     for (;;) {
-      IoRequest* request = nullptr;
-      bool cancelled = false;
-      {
-        std::unique_lock lock(mutex_);
-        wake_.wait(lock, [this] { return closing_ || !queue_.empty(); });
-        request = queue_.pop();
-        cancelled = closing_;
-      }
+      wake_.wait(lock, [this] { return closing_ || scheduler_.can_start(); });
+      const bool closed = closing_;
+      IoRequest* request = closed ? scheduler_.cancel_one() : scheduler_.next();
       if (request == nullptr) return;
-      request->complete(cancelled ? Status::error(Code::kClosed, "the I/O engine was closed")
-                                  : transfer(*request));
+      lock.unlock();
+      Status status = closed ? closed_error() : transfer(*request);
+      if (!closed) {
+        lock.lock();
+        scheduler_.finished(*request);
+        // The direction may have changed hands, which more than one thread can make use of.
+        const bool more = scheduler_.can_start();
+        lock.unlock();
+        if (more) wake_.notify_all();
+      }
+      request->complete(std::move(status));
+      lock.lock();
     }
   }
 
   Status transfer(IoRequest& request) {
-    request.prepare();
+    if (is_cancelled(request)) return cancelled_error(request);
+    OFFLOAD_RETURN_IF_ERROR(request.prepare());
     meter_.started();
     Status status;
     Progress progress = Progress::kMore;
@@ -101,21 +121,22 @@ class ThreadPoolEngine final : public IoEngine {
     return status;
   }
 
+  const OwnerProcess owner_;
   std::vector<EngineThread> threads_;  // constant between start() and the join
   std::once_flag joined_;
   IoMeter meter_;
 
   std::mutex mutex_;
-  std::condition_variable wake_;
-  RequestQueue queue_;    // guarded by mutex_
-  bool closing_ = false;  // guarded by mutex_
+  ForkSafeCondition wake_;
+  IoScheduler scheduler_;  // guarded by mutex_
+  bool closing_ = false;   // guarded by mutex_
 };
 
 }  // namespace
 
 Result<std::unique_ptr<IoEngine>> make_thread_pool_engine(const IoEngineOptions& options) {
   OFFLOAD_RETURN_IF_ERROR(validate_options(options));
-  auto engine = std::make_unique<ThreadPoolEngine>();
+  auto engine = std::make_unique<ThreadPoolEngine>(options.phase_bytes);
   OFFLOAD_RETURN_IF_ERROR(engine->start(std::min(options.threads, options.queue_depth)));
   return std::unique_ptr<IoEngine>(std::move(engine));
 }

@@ -10,25 +10,32 @@
 //  5. close: queued requests are cancelled, the loop ends when nothing is in flight and the eventfd
 //     read, which close() woke, has completed. The kernel then holds no buffer of ours.
 //  6. failure of io_uring_enter itself: see fail_all().
+//  7. before a fork() of the process: registered memory is unpinned (a child would otherwise get a
+//     copy of it all); it is registered again as it is used.
 #include "io/uring_engine.h"
 
 #ifdef OFFLOAD_HAVE_LIBURING
 
-#include <liburing.h>
 #include <sys/eventfd.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <chrono>
 #include <condition_variable>
+#include <cstddef>
+#include <cstdint>
 #include <mutex>
+#include <span>
+#include <string>
 #include <utility>
 #include <vector>
 
 #include "io/engine_thread.h"
+#include "io/io_scheduler.h"
 #include "io/request_progress.h"
-#include "io/request_queue.h"
-#include "io/ring_setup.h"
+#include "io/ring.h"
+#include "sys/at_fork.h"
 #include "sys/syscall_hooks.h"
 #include "sys/unique_fd.h"
 
@@ -44,7 +51,11 @@ constexpr auto kPollPause = std::chrono::milliseconds(1);
 
 class UringEngine final : public IoEngine {
  public:
-  explicit UringEngine(unsigned queue_depth) : queue_depth_(queue_depth) {}
+  explicit UringEngine(const IoEngineOptions& options)
+      : queue_depth_(options.queue_depth),
+        files_(options.files),
+        scheduler_(options.phase_bytes),
+        before_fork_([this] { unpin_memory(); }) {}
 
   ~UringEngine() override {
     // The owner that wants to know has called close().
@@ -53,9 +64,9 @@ class UringEngine final : public IoEngine {
 
   // Returns when the engine thread has its ring, or could not get one.
   Status start() {
+    OFFLOAD_RETURN_IF_ERROR(BeforeFork::installed());
     wake_fd_ = UniqueFd(::eventfd(0, EFD_CLOEXEC));
     if (!wake_fd_.is_open()) return Status::from_errno(errno, "eventfd", "");
-    unsubmitted_.reserve(queue_depth_ + 1);
     finished_.reserve(queue_depth_);
     Result<EngineThread> thread = EngineThread::start("offload-uring", [this] { thread_main(); });
     if (!thread.is_ok()) return thread.status();
@@ -67,8 +78,14 @@ class UringEngine final : public IoEngine {
 
   const char* name() const override { return "io_uring"; }
 
-  Status submit(const std::vector<IoRequest*>& requests) override {
+  std::string describe() const override {
+    std::lock_guard lock(mutex_);
+    return description_;
+  }
+
+  Status submit(std::span<IoRequest* const> requests) override {
     OFFLOAD_RETURN_IF_ERROR(validate_requests(requests));
+    if (!owner_.is_current()) return forked_error("submit");
     std::lock_guard lock(mutex_);
     if (!sticky_.is_ok()) return sticky_;
     if (closing_) return Status::error(Code::kClosed, "submit: the I/O engine is closed");
@@ -77,11 +94,18 @@ class UringEngine final : public IoEngine {
       OFFLOAD_RETURN_IF_ERROR(wake());
       sleeping_ = false;
     }
-    for (IoRequest* request : requests) queue_.push(request);
+    for (IoRequest* request : requests) scheduler_.push(request);
     return Status::ok();
   }
 
+  void add_memory(MemoryRegion region) override {
+    if (!owner_.is_current()) return;
+    std::lock_guard lock(mutex_);
+    if (!closing_) new_regions_.push_back(std::move(region));
+  }
+
   Status close() override {
+    if (!owner_.is_current()) return forked_error("close");
     if (t_engine == this) {
       return Status::error(Code::kInvalid, "close: called on an engine thread");
     }
@@ -118,34 +142,61 @@ class UringEngine final : public IoEngine {
 
   void thread_main() {
     t_engine = this;
-    // One entry is the eventfd's. The first entry into the kernel is made here, so that a filter
-    // which allows rings but not their use is a failed start, not a broken engine.
-    Status opened = open_ring(queue_depth_ + 1, ring_);
-    const bool has_ring = opened.is_ok();
-    if (has_ring) {
+    // The first entry into the kernel is made here, so that a filter which allows rings but not
+    // their use is a failed start, not a broken engine.
+    Status opened = ring_.open(queue_depth_, files_);
+    if (opened.is_ok()) {
       arm_wake();
-      static_cast<void>(enter(0));  // engine_error_ keeps a failure
-      opened = engine_error_;
+      static_cast<void>(ring_.enter(0));  // error() keeps a failure
+      opened = ring_.error();
     }
     {
       std::lock_guard lock(mutex_);
       started_ = true;
+      running_ = opened.is_ok();
       start_status_ = sticky_ = opened;
+      if (running_) description_ = ring_.describe();
     }
     started_cv_.notify_all();
     if (opened.is_ok()) run();
-    if (has_ring) io_uring_queue_exit(&ring_);
+    {
+      std::lock_guard lock(mutex_);
+      running_ = false;
+    }
+    unpinned_cv_.notify_all();
+    ring_.close();
+  }
+
+  // In the thread that forks.
+  void unpin_memory() {
+    std::unique_lock lock(mutex_);
+    if (!running_) return;
+    unpin_ = true;
+    if (!wake().is_ok()) return;  // out of reach; a child then has a copy, which is right but large
+    unpinned_cv_.wait(lock, [this] { return !unpin_ || !running_; });
+  }
+
+  void take_orders() {
+    std::lock_guard lock(mutex_);
+    for (MemoryRegion& region : new_regions_) ring_.memory().add(std::move(region));
+    new_regions_.clear();
+    if (unpin_) {
+      ring_.memory().drop_chunks();
+      unpin_ = false;
+      unpinned_cv_.notify_all();
+    }
   }
 
   void run() {
     for (;;) {
+      take_orders();
       cancel_if_closing();
       arm_wake();
       start_all();
-      if (!engine_error_.is_ok()) return fail_all();
+      if (!ring_.error().is_ok()) return fail_all();
       if (stopping_ && in_flight_ == 0 && !wake_armed_) return;
       const unsigned wait_for = may_sleep() ? 1 : 0;
-      const bool entered = enter(wait_for);
+      const bool entered = ring_.enter(wait_for);
       {
         std::lock_guard lock(mutex_);
         sleeping_ = false;
@@ -157,132 +208,90 @@ class UringEngine final : public IoEngine {
   }
 
   void cancel_if_closing() {
-    RequestQueue cancelled;
     {
       std::lock_guard lock(mutex_);
       if (!closing_) return;
       stopping_ = true;
-      std::swap(cancelled, queue_);
     }
-    complete_all(cancelled, Status::error(Code::kClosed, "the I/O engine was closed"));
+    cancel_queued(closed_error());
   }
 
-  static void complete_all(RequestQueue& requests, const Status& status) {
-    while (IoRequest* request = requests.pop()) request->complete(status);
+  // Nothing can be queued any more: the caller made submit() refuse.
+  void cancel_queued(const Status& status) {
+    for (;;) {
+      IoRequest* request = nullptr;
+      {
+        std::lock_guard lock(mutex_);
+        request = scheduler_.cancel_one();
+      }
+      if (request == nullptr) return;
+      request->complete(status);
+    }
   }
 
   // False when there is work that needs no completion; else tells submit() to wake the engine.
   bool may_sleep() {
-    if (!resume_.empty()) return false;
+    if (!resume_.empty() || !finished_.empty()) return false;
     if (!wake_armed_) return in_flight_ > 0;
     std::lock_guard lock(mutex_);
     const bool has_place = in_flight_ < queue_depth_;
-    if (closing_ != stopping_ || (has_place && !queue_.empty())) return false;
+    if (unpin_ || closing_ != stopping_ || (has_place && scheduler_.can_start())) return false;
     sleeping_ = has_place;
     return true;
   }
 
   void arm_wake() {
     if (wake_armed_ || stopping_) return;
-    io_uring_sqe* sqe = next_entry();
-    if (sqe == nullptr) return;
-    io_uring_prep_read(sqe, wake_fd_.get(), &wake_count_, sizeof(wake_count_), 0);
-    io_uring_sqe_set_data(sqe, nullptr);
-    unsubmitted_.push_back(nullptr);
+    if (!ring_.write_wake(wake_fd_.get(), &wake_count_, sizeof(wake_count_))) return;
     wake_armed_ = true;
   }
 
   void start_all() {
-    while (engine_error_.is_ok() && !resume_.empty()) {
+    while (ring_.error().is_ok() && !resume_.empty()) {
       if (!write_entry(resume_.pop())) return;
     }
-    while (engine_error_.is_ok() && start_one()) {
+    while (ring_.error().is_ok() && start_one()) {
     }
   }
 
-  // Takes one request from the queue to a ring entry, if there is one and a place for it.
+  // Takes one request from the queue to a ring entry, if one may start and there is a place for it.
   bool start_one() {
     if (in_flight_ >= queue_depth_ || !resume_.empty()) return false;
     IoRequest* request = nullptr;
     {
       std::lock_guard lock(mutex_);
       if (closing_) return false;
-      request = queue_.pop();
+      request = scheduler_.next();
     }
     if (request == nullptr) return false;
-    if (!unsubmitted_.empty()) static_cast<void>(enter(0));  // engine_error_ keeps a failure
-    request->prepare();
-    meter_.started();
+    if (ring_.has_unsubmitted()) static_cast<void>(ring_.enter(0));  // error() keeps a failure
     ++in_flight_;
+    meter_.started();
+    Status prepared = is_cancelled(*request) ? cancelled_error(*request) : request->prepare();
+    if (!prepared.is_ok()) {
+      finish(request, std::move(prepared));
+      return true;
+    }
     return write_entry(request);
   }
 
-  // Null when the kernel takes no entries at the moment.
-  io_uring_sqe* next_entry() {
-    io_uring_sqe* sqe = io_uring_get_sqe(&ring_);
-    if (sqe == nullptr && engine_error_.is_ok() && enter(0)) sqe = io_uring_get_sqe(&ring_);
-    return sqe;
-  }
-
-  // False: it waits in resume_ for a free entry.
+  // Into the ring, or into the list of those that wait for a free entry: false.
   bool write_entry(IoRequest* request) {
-    io_uring_sqe* sqe = next_entry();
-    if (sqe == nullptr) {
-      resume_.push(request);
-      return false;
-    }
-    const std::size_t moved = IoEngineAccess::moved(*request);
-    const auto nbytes = static_cast<unsigned>(next_transfer_bytes(*request));
-    if (request->op == IoOp::kRead) {
-      io_uring_prep_read(sqe, request->fd, request->buffer + moved, nbytes,
-                         request->offset + moved);
-    } else {
-      io_uring_prep_write(sqe, request->fd, request->buffer + moved, nbytes,
-                          request->offset + moved);
-    }
-    io_uring_sqe_set_data(sqe, request);
-    unsubmitted_.push_back(request);
-    return true;
-  }
-
-  // Submits all entries and waits for `wait_for` completions. False when the kernel was busy; an
-  // error of the ring itself goes to engine_error_.
-  bool enter(unsigned wait_for) {
-    SysCall call{.op = SysOp::kRingEnter, .fd = ring_.ring_fd, .nbytes = unsubmitted_.size()};
-    const int err = hook_before(call);
-    const int result = err != 0 ? -err : io_uring_submit_and_wait(&ring_, wait_for);
-    if (result >= 0) {
-      unsubmitted_.erase(unsubmitted_.begin(), unsubmitted_.begin() + result);
-      busy_entries_ = 0;
-      return true;
-    }
-    const bool is_busy = result == -EINTR || result == -EAGAIN || result == -EBUSY;
-    if (!is_busy || ++busy_entries_ > kMaxRetries) {
-      engine_error_ = Status::from_errno(-result, "io_uring_enter", "");
-    }
+    if (ring_.write(request)) return true;
+    resume_.push(request);
     return false;
   }
 
   // Takes every completion that is there; false when there was none.
   bool reap() {
-    io_uring_cqe* cqe = nullptr;
-    unsigned head = 0;
-    unsigned count = 0;
-    io_uring_for_each_cqe(&ring_, head, cqe) {
-      ++count;
-      auto* request = static_cast<IoRequest*>(io_uring_cqe_get_data(cqe));
-      if (request == nullptr) {
-        wake_armed_ = false;
-        const int err = -cqe->res;
-        if (err > 0 && err != EINTR && err != EAGAIN) {
-          engine_error_ = Status::from_errno(err, "eventfd read", "");
-        }
-      } else {
-        take_result(request, cqe->res);
+    return ring_.reap([this](IoRequest* request, int result) {
+      if (request != nullptr) return take_result(request, result);
+      wake_armed_ = false;
+      const int err = -result;
+      if (err > 0 && err != EINTR && err != EAGAIN) {
+        ring_.fail(Status::from_errno(err, "eventfd read", ""));
       }
-    }
-    io_uring_cq_advance(&ring_, count);
-    return count > 0;
+    });
   }
 
   void take_result(IoRequest* request, int result) {
@@ -301,12 +310,18 @@ class UringEngine final : public IoEngine {
   void finish(IoRequest* request, Status status) {
     meter_.finished(status.is_ok());
     --in_flight_;
+    {
+      std::lock_guard lock(mutex_);
+      scheduler_.finished(*request);
+    }
     finished_.push_back({request, std::move(status)});
   }
 
   void complete_finished() {
-    for (Finished& finished : finished_) {
-      if (engine_error_.is_ok() && start_one()) static_cast<void>(enter(0));
+    // start_one() may add to the list: a request that cannot be prepared.
+    for (std::size_t i = 0; i < finished_.size(); ++i) {
+      if (ring_.error().is_ok() && start_one()) static_cast<void>(ring_.enter(0));
+      Finished finished = std::move(finished_[i]);
       finished.request->complete(std::move(finished.status));
     }
     finished_.clear();
@@ -318,59 +333,60 @@ class UringEngine final : public IoEngine {
   //  3. for those it has, poll: their buffers are in use until the completion is there. The pause
   //     lets the kernel post it.
   void fail_all() {
-    RequestQueue queued;
     {
       std::lock_guard lock(mutex_);
-      sticky_ = engine_error_;
-      std::swap(queued, queue_);
+      sticky_ = ring_.error();
     }
-    complete_all(queued, engine_error_);
-    for (IoRequest* request : unsubmitted_) {
-      if (request != nullptr) finish(request, engine_error_);
-    }
-    unsubmitted_.clear();
+    cancel_queued(ring_.error());
+    for (IoRequest* request : ring_.take_unsubmitted()) finish(request, ring_.error());
     for (;;) {
-      while (IoRequest* request = resume_.pop()) finish(request, engine_error_);
+      while (IoRequest* request = resume_.pop()) finish(request, ring_.error());
       complete_finished();
       if (in_flight_ == 0) return;
       if (!reap()) std::this_thread::sleep_for(kPollPause);
     }
   }
 
+  const OwnerProcess owner_;
   const unsigned queue_depth_;
+  const std::vector<int> files_;
   UniqueFd wake_fd_;
   EngineThread thread_;
   std::once_flag joined_;
   IoMeter meter_;
 
   // Of the engine thread.
-  io_uring ring_ = {};
+  Ring ring_;
   std::uint64_t wake_count_ = 0;  // target of the armed read
   bool wake_armed_ = false;
   bool stopping_ = false;  // closing_ was seen and the queue cancelled
   unsigned in_flight_ = 0;
-  unsigned busy_entries_ = 0;            // refusals in a row
-  std::vector<IoRequest*> unsubmitted_;  // ring entries the kernel has not taken, oldest first
-  RequestList resume_;                   // to continue or retry
+  RequestList resume_;  // to continue or retry
   std::vector<Finished> finished_;
-  Status engine_error_;
 
   mutable std::mutex mutex_;
   std::condition_variable started_cv_;
+  ForkSafeCondition unpinned_cv_;
   // Guarded by mutex_.
   bool started_ = false;
   Status start_status_;
   bool closing_ = false;
   bool sleeping_ = false;  // the engine has a free place and waits in the kernel
-  RequestQueue queue_;
+  IoScheduler scheduler_;
+  std::vector<MemoryRegion> new_regions_;  // not yet taken by the engine thread
+  bool running_ = false;                   // the engine thread takes orders
+  bool unpin_ = false;                     // an order: a fork waits
+  std::string description_;
   Status sticky_;
+
+  const BeforeFork before_fork_;  // last made, first to go
 };
 
 }  // namespace
 
 Result<std::unique_ptr<IoEngine>> make_uring_engine(const IoEngineOptions& options) {
   OFFLOAD_RETURN_IF_ERROR(validate_options(options));
-  auto engine = std::make_unique<UringEngine>(options.queue_depth);
+  auto engine = std::make_unique<UringEngine>(options);
   OFFLOAD_RETURN_IF_ERROR(engine->start());
   return std::unique_ptr<IoEngine>(std::move(engine));
 }

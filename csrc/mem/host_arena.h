@@ -1,91 +1,90 @@
-// HostArena: all memory the runtime holds in RAM, under one hard budget.
+// HostArena: a reserved range of addresses, who has which part of it, and the pages behind it.
 //
-// The arena reserves `budget` bytes of address space and commits pages from the low end as leases
-// first need them, so a process under RLIMIT_DATA is charged only for what was used so far.
-// Leases are page aligned and sized to whole pages (nothing is rounded to a power of two); free
-// ranges coalesce. Placement is best fit; of equal fits the lowest address.
+// The arena reserves `capacity` bytes of addresses, aligned for huge pages, and commits pages from
+// the low end, in steps, as blocks first need them: a process under RLIMIT_DATA is charged only for
+// what was used so far. Placement is best fit, of equal fits the lowest address; free ranges
+// coalesce. Where there is more than one NUMA node, pages come from one of them while it has any.
 //
-// With `poison` set, memory is filled with 0xFF bytes (NaN in every floating-point type) when it is
-// given back, so that a use after release shows.
+// With a MemoryRegistrar every committed range is registered, and unregistered before it is
+// unmapped. A registration that fails fails the allocation that needed it; what is committed
+// already goes on being used.
 //
-// Thread-safe. A Lease keeps the arena alive.
+// Thread-safe. What it does not do, wrappers do: see host_memory.h.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
-#include <map>
 #include <memory>
 #include <mutex>
+#include <optional>
+#include <string>
+#include <vector>
 
 #include "base/status.h"
+#include "mem/free_ranges.h"
+#include "mem/host_memory.h"
+#include "mem/memory_registrar.h"
+#include "sys/numa.h"
 
 namespace offload {
 
-class HostArena;
-
-// The right to use `nbytes()` bytes at `data()`; returned to the arena when destroyed.
-class Lease {
- public:
-  Lease() = default;
-  Lease(Lease&& other) noexcept;
-  Lease& operator=(Lease&& other) noexcept;
-  Lease(const Lease&) = delete;
-  Lease& operator=(const Lease&) = delete;
-  ~Lease();
-
-  std::byte* data() const { return data_; }
-  std::size_t nbytes() const { return nbytes_; }
-  bool empty() const { return data_ == nullptr; }
-  void release();
-
- private:
-  friend class HostArena;
-  Lease(std::shared_ptr<HostArena> arena, std::byte* data, std::size_t nbytes)
-      : arena_(std::move(arena)), data_(data), nbytes_(nbytes) {}
-
-  std::shared_ptr<HostArena> arena_;
-  std::byte* data_ = nullptr;
-  std::size_t nbytes_ = 0;
+struct HostArenaOptions {
+  // Null: pages are not registered.
+  std::shared_ptr<MemoryRegistrar> registrar;
+  // Pages are committed, and registered, up to multiples of this; a power of two of at least a
+  // page. 0: kCommitStep, or kRegisteredCommitStep with a registrar.
+  std::uint64_t commit_step = 0;
+  // The NUMA node that pages are to come from. Nothing: that of the creating thread, where there is
+  // more than one.
+  std::optional<int> numa_node;
+  std::string numa_root = kNumaRoot;
 };
 
-class HostArena : public std::enable_shared_from_this<HostArena> {
+class HostArena final : public HostMemory {
  public:
-  struct Usage {
-    std::uint64_t budget = 0;
-    std::uint64_t in_use = 0;     // bytes leased now
-    std::uint64_t peak = 0;       // the most bytes ever leased at once
-    std::uint64_t committed = 0;  // bytes the process is charged for
-    std::uint64_t largest_free = 0;
-  };
+  // One huge page. Steps keep the numbers of mprotect calls and of kernel mappings small.
+  static constexpr std::uint64_t kCommitStep = std::uint64_t{2} << 20;
+  // A registration costs a call to the driver and ends where copies must be split.
+  static constexpr std::uint64_t kRegisteredCommitStep = std::uint64_t{32} << 20;
 
-  // `budget` is rounded down to whole pages. kInvalid when less than one page is left, kNoMemory
-  // when the address space cannot be reserved.
-  static Result<std::shared_ptr<HostArena>> create(std::uint64_t budget, bool poison = false);
-  ~HostArena();
-  HostArena(const HostArena&) = delete;
-  HostArena& operator=(const HostArena&) = delete;
+  // `capacity` is rounded down to whole pages. kInvalid when less than one page is left, the commit
+  // step is none or the NUMA node is not online; kNoMemory when the address space cannot be
+  // reserved. Memory that cannot be placed on the creating thread's node, or on any since mbind(2)
+  // is forbidden, is placed anywhere and note() says so.
+  static Result<std::shared_ptr<HostArena>> create(std::uint64_t capacity,
+                                                   const HostArenaOptions& options = {});
+  ~HostArena() override;
 
-  // A lease of at least `nbytes` (> 0). kBudget when no free range is long enough; kNoMemory when
-  // the system refuses the pages (RLIMIT_DATA, overcommit).
-  Result<Lease> allocate(std::uint64_t nbytes);
+  Result<Block> allocate_block(std::uint64_t nbytes) override;
+  void give_back(Block block) override;
+  Usage usage() const override;  // without peak and allocations
 
-  Usage usage() const;
+  std::byte* base() const override { return base_; }
+  std::uint64_t capacity() const override { return capacity_; }
+  const std::string& note() const override { return note_; }
+
+  // Registered ranges end at multiples of this from base(), or at the end of the arena.
+  std::uint64_t commit_step() const { return commit_step_; }
+  // The node that pages come from; nothing when no node was preferred.
+  std::optional<int> numa_node() const { return numa_node_; }
 
  private:
-  HostArena(std::byte* base, std::uint64_t budget, bool poison);
-  friend class Lease;
-  void give_back(std::byte* data, std::size_t nbytes);
-  Status commit_to(std::uint64_t end);  // REQUIRES: mutex_ held
+  HostArena(std::byte* base, std::uint64_t capacity, const HostArenaOptions& options);
+  Status choose_node(const HostArenaOptions& options);
+  Status commit_to(std::uint64_t end);                           // REQUIRES: mutex_ held
+  Status drop_pages(std::uint64_t begin, std::uint64_t nbytes);  // back to inaccessible
 
   std::byte* const base_;
-  const std::uint64_t budget_;
-  const bool poison_;
+  const std::uint64_t capacity_;
+  const std::uint64_t commit_step_;
+  const std::shared_ptr<MemoryRegistrar> registrar_;
+  std::optional<int> numa_node_;  // constant after create()
+  std::string note_;              // constant after create()
 
-  mutable std::mutex mutex_;                     // guards all below
-  std::map<std::uint64_t, std::uint64_t> free_;  // offset -> bytes
+  mutable std::mutex mutex_;  // guards all below
+  FreeRanges free_;
   std::uint64_t committed_ = 0;
-  std::uint64_t in_use_ = 0;
-  std::uint64_t peak_ = 0;
+  std::vector<std::uint64_t> registered_ends_;  // of adjacent ranges, the first from 0
 };
 
 }  // namespace offload

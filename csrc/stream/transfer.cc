@@ -1,6 +1,8 @@
 #include "stream/transfer.h"
 
+#include <atomic>
 #include <chrono>
+#include <span>
 #include <string>
 #include <utility>
 
@@ -14,14 +16,24 @@ Result<std::shared_ptr<Transfer>> Transfer::start(SwapStore& store, IoOp op, Obj
                                              " bytes does not fit a lease of " +
                                              std::to_string(lease->nbytes()));
   }
+  const Result<std::uint64_t> size = store.nbytes(object);
+  if (!size.is_ok()) return size.status();
+  if (size.value() != nbytes) {
+    return Status::error(Code::kInvalid, "a transfer of " + std::to_string(nbytes) +
+                                             " bytes is not the whole of a swap object of " +
+                                             std::to_string(size.value()));
+  }
   auto transfer = std::make_shared<Transfer>();
   const SwapStore::Range range{object, 0, lease->data(), nbytes};
+  const std::atomic<bool>* cancelled = &transfer->cancelled_;
   auto done = [transfer, lease = std::move(lease)](const Status& status) mutable {
     lease.reset();
     transfer->finish(status);
   };
-  OFFLOAD_RETURN_IF_ERROR(op == IoOp::kWrite ? store.write({range}, priority, std::move(done))
-                                             : store.read({range}, priority, std::move(done)));
+  const std::span<const SwapStore::Range> ranges(&range, 1);
+  OFFLOAD_RETURN_IF_ERROR(op == IoOp::kWrite
+                              ? store.write(ranges, priority, std::move(done), cancelled)
+                              : store.read(ranges, priority, std::move(done), cancelled));
   return transfer;
 }
 

@@ -2,23 +2,26 @@
 // optimizer update (update_pipeline.h) is a transfer that computes on the way.
 //
 // A transfer owns what it moves from or to (the Lease) until it completes and gives that up before
-// a waiter wakes. Dropping the last handle to it does not cancel it. Thread-safe.
+// a waiter wakes. Dropping the last handle to it does not cancel it; cancel() does, as far as it
+// has not started. Thread-safe.
 #pragma once
 
-#include <condition_variable>
+#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <mutex>
 
 #include "base/status.h"
-#include "mem/host_arena.h"
+#include "mem/host_memory.h"
 #include "store/swap_store.h"
+#include "sys/at_fork.h"
 
 namespace offload {
 
 class Transfer {
  public:
-  // Moves the first `nbytes` of the lease to (write) or from (read) the whole of `object`.
+  // Moves the first `nbytes` of the lease to (write) or from (read) the whole of `object`. kInvalid
+  // when that is not the object's size.
   static Result<std::shared_ptr<Transfer>> write(SwapStore& store, ObjectId object,
                                                  std::shared_ptr<Lease> lease, std::uint64_t nbytes,
                                                  IoPriority priority);
@@ -32,6 +35,11 @@ class Transfer {
   // The same for at most `milliseconds`; false when that was not enough.
   bool wait_for(unsigned milliseconds) const;
 
+  // What of it has not started yet does not; the transfer then ends with kCancelled, a write
+  // leaving the previous version. One that is further on, or an optimizer update, ends as it would
+  // have.
+  void cancel() { cancelled_ = true; }
+
   // By whoever carries the transfer out, once.
   void finish(const Status& status);
 
@@ -40,8 +48,9 @@ class Transfer {
                                                  std::shared_ptr<Lease> lease, std::uint64_t nbytes,
                                                  IoPriority priority);
 
+  std::atomic<bool> cancelled_{false};
   mutable std::mutex mutex_;
-  mutable std::condition_variable finished_;
+  mutable ForkSafeCondition finished_;
   bool done_ = false;
   Status status_;
 };

@@ -11,8 +11,6 @@
 namespace offload {
 namespace {
 
-constexpr std::uint64_t kBlock = SwapStore::kBlockBytes;
-
 bool fits(const UpdateOperand& operand, std::uint64_t numel) {
   const bool placed = operand.on_disk() != (operand.lease != nullptr);
   const bool long_enough = operand.nbytes / sizeof(float) >= numel;
@@ -37,6 +35,7 @@ struct UpdatePipeline::Chunk {
 
   std::shared_ptr<Job> job;
   std::uint64_t index = 0;
+  std::uint64_t block_bytes = 0;
   std::byte* staging = nullptr;
   std::byte* in[kOperands] = {};
   std::byte* out[kOperands] = {};
@@ -47,31 +46,36 @@ struct UpdatePipeline::Chunk {
                                         &job->spec.exp_avg_sq};
     return *all[k];
   }
-  std::uint64_t first() const { return index * kChunkElements; }
-  std::uint64_t last() const { return std::min(job->spec.numel, first() + kChunkElements); }
-  std::byte* memory(int k) const { return operand(k).lease->data() + index * kBlock; }
+  std::uint64_t elements() const { return block_bytes / sizeof(float); }
+  std::uint64_t first() const { return index * elements(); }
+  std::uint64_t last() const { return std::min(job->spec.numel, first() + elements()); }
+  std::byte* memory(int k) const { return operand(k).lease->data() + index * block_bytes; }
   SwapStore::Range range(int k, std::byte* buffer) const {
-    return {operand(k).object, index * kBlock, buffer,
-            std::min(kBlock, operand(k).nbytes - index * kBlock)};
+    return {operand(k).object, index * block_bytes, buffer,
+            std::min(block_bytes, operand(k).nbytes - index * block_bytes)};
   }
 };
 
 UpdatePipeline::UpdatePipeline(std::shared_ptr<SwapStore> store, Options options)
-    : store_(std::move(store)), options_(options) {}
+    : store_(std::move(store)),
+      options_(options),
+      block_bytes_(store_ == nullptr ? SwapStoreOptions::kDefaultBlockBytes
+                                     : store_->block_bytes()) {}
 
 Result<std::shared_ptr<UpdatePipeline>> UpdatePipeline::create(
-    std::shared_ptr<SwapStore> store, const std::shared_ptr<HostArena>& arena,
+    std::shared_ptr<SwapStore> store, const std::shared_ptr<HostMemory>& arena,
     const Options& options) {
   if (options.threads == 0) {
     return Status::error(Code::kInvalid, "the update pipeline needs at least one thread");
   }
   std::shared_ptr<UpdatePipeline> pipeline(new UpdatePipeline(std::move(store), options));
   if (options.staging_sets > 0) {
-    Result<Lease> staging = arena->allocate(options.staging_sets * kStagingSetBytes);
+    const std::uint64_t set_bytes = staging_set_bytes(pipeline->block_bytes_);
+    Result<Lease> staging = arena->allocate(options.staging_sets * set_bytes);
     if (!staging.is_ok()) return staging.status().with_context("update staging");
     pipeline->staging_ = staging.take();
     for (unsigned i = 0; i < options.staging_sets; ++i) {
-      pipeline->free_staging_.push_back(pipeline->staging_.data() + i * kStagingSetBytes);
+      pipeline->free_staging_.push_back(pipeline->staging_.data() + i * set_bytes);
     }
   }
   for (unsigned i = 0; i < options.threads; ++i) {
@@ -89,6 +93,7 @@ UpdatePipeline::~UpdatePipeline() {
 }
 
 Result<std::shared_ptr<Transfer>> UpdatePipeline::submit(UpdateJob spec) {
+  if (!owner_.is_current()) return forked_error("submit");
   auto job = std::make_shared<Job>();
   job->spec = std::move(spec);
   const UpdateJob& s = job->spec;
@@ -109,7 +114,8 @@ Result<std::shared_ptr<Transfer>> UpdatePipeline::submit(UpdateJob spec) {
   if (job->any_on_disk && (store_ == nullptr || options_.staging_sets == 0)) {
     return Status::error(Code::kInvalid, "an update of swapped state needs a store and staging");
   }
-  job->chunks = (s.numel + kChunkElements - 1) / kChunkElements;
+  const std::uint64_t elements = block_bytes_ / sizeof(float);
+  job->chunks = (s.numel + elements - 1) / elements;
   std::lock_guard<std::mutex> lock(mutex_);
   if (closing_) return Status::error(Code::kClosed, "the update pipeline is closed");
   if (!error_.is_ok()) return error_;
@@ -133,6 +139,7 @@ std::unique_ptr<UpdatePipeline::Chunk> UpdatePipeline::next_chunk() {
   chunk->job = jobs_.front();
   Job& job = *chunk->job;
   chunk->index = job.started++;
+  chunk->block_bytes = block_bytes_;
   ++job.open;
   ++chunks_open_;
   if (job.started == job.chunks) jobs_.pop_front();
@@ -175,14 +182,14 @@ void UpdatePipeline::start_reads(std::unique_ptr<Chunk> chunk) {
   bool readable = true;
   for (int k = 0; k < Chunk::kOperands; ++k) {
     const UpdateOperand& operand = chunk->operand(k);
-    std::byte* staged = chunk->staging == nullptr ? nullptr : chunk->staging + k * kBlock;
+    std::byte* staged = chunk->staging == nullptr ? nullptr : chunk->staging + k * block_bytes_;
     if (!operand.on_disk()) {
       chunk->in[k] = chunk->memory(k);
       chunk->out[k] = staged == nullptr ? chunk->in[k] : staged;
       continue;
     }
     chunk->in[k] = chunk->out[k] = staged;
-    const Result<bool> written = store_->written(operand.object, chunk->index * kBlock);
+    const Result<bool> written = store_->written(operand.object, chunk->index * block_bytes_);
     if (!written.is_ok()) {
       end_chunk(std::move(chunk), written.status());
       return;
@@ -190,7 +197,7 @@ void UpdatePipeline::start_reads(std::unique_ptr<Chunk> chunk) {
     if (written.value()) {
       reads.push_back(chunk->range(k, staged));
     } else if (k == Chunk::kExpAvg || k == Chunk::kExpAvgSq) {
-      std::memset(staged, 0, kBlock);
+      std::memset(staged, 0, block_bytes_);
     } else {
       readable = false;
     }
@@ -333,6 +340,7 @@ UpdatePipeline::Stats UpdatePipeline::stats() const {
 }
 
 Status UpdatePipeline::close() {
+  if (!owner_.is_current()) return forked_error("close");
   {
     std::lock_guard<std::mutex> lock(mutex_);
     closing_ = true;

@@ -2,8 +2,8 @@
 //
 // A job updates one unit: parameters, gradients and both AdamW moments, all laid out alike (fp32,
 // element i of each belongs together), each either in memory or an object of the swap store. Jobs
-// run in the order of submission, chunk by chunk (a chunk is one swap block: 256 Ki elements), with
-// several chunks in flight.
+// run in the order of submission, chunk by chunk (a chunk is one swap block: 256 Ki elements of the
+// usual one), with several chunks in flight.
 //
 // Protocol of a chunk:
 //  1. take a staging set (four blocks) when any operand is on disk; read those operands into it.
@@ -19,7 +19,6 @@
 // operand (their chunks overlap in time).
 #pragma once
 
-#include <condition_variable>
 #include <cstddef>
 #include <cstdint>
 #include <deque>
@@ -29,10 +28,11 @@
 
 #include "base/status.h"
 #include "io/engine_thread.h"
-#include "mem/host_arena.h"
+#include "mem/host_memory.h"
 #include "optim/adamw.h"
 #include "store/swap_store.h"
 #include "stream/transfer.h"
+#include "sys/at_fork.h"
 
 namespace offload {
 
@@ -61,8 +61,10 @@ struct UpdateJob {
 
 class UpdatePipeline {
  public:
-  static constexpr std::uint64_t kChunkElements = SwapStore::kBlockBytes / sizeof(float);
-  static constexpr std::uint64_t kStagingSetBytes = 4 * SwapStore::kBlockBytes;
+  // Of one chunk's four operands.
+  static constexpr std::uint64_t staging_set_bytes(std::uint64_t block_bytes) {
+    return 4 * block_bytes;
+  }
 
   struct Options {
     unsigned staging_sets = 4;  // chunks in flight; 0 serves jobs that are wholly in memory
@@ -76,7 +78,7 @@ class UpdatePipeline {
 
   // `store` may be null when every job will be in memory.
   static Result<std::shared_ptr<UpdatePipeline>> create(std::shared_ptr<SwapStore> store,
-                                                        const std::shared_ptr<HostArena>& arena,
+                                                        const std::shared_ptr<HostMemory>& arena,
                                                         const Options& options);
   ~UpdatePipeline();
   UpdatePipeline(const UpdatePipeline&) = delete;
@@ -104,14 +106,16 @@ class UpdatePipeline {
   void end_chunk(std::unique_ptr<Chunk> chunk, const Status& status);
   void end_unreachable_jobs(std::vector<std::shared_ptr<Job>>& ended);  // REQUIRES: mutex_ held
 
+  const OwnerProcess owner_;
   const std::shared_ptr<SwapStore> store_;
   const Options options_;
+  const std::uint64_t block_bytes_;
   Lease staging_;
   std::vector<EngineThread> threads_;  // set by create(), joined by close()
   std::once_flag joined_;
 
   mutable std::mutex mutex_;  // guards all below
-  std::condition_variable changed_;
+  ForkSafeCondition changed_;
   bool closing_ = false;
   Status error_;                                // sticky
   std::deque<std::shared_ptr<Job>> jobs_;       // with chunks not started yet

@@ -5,6 +5,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <span>
 #include <string>
 
 #include "base/status.h"
@@ -28,6 +29,9 @@ struct SwapFile {
 // when direct I/O needs more than kPageBytes alignment.
 Result<SwapFile> open_scratch(const std::string& dir);
 
+// Bytes that this user can still write on the file's filesystem.
+Result<std::uint64_t> free_space(const SwapFile& file);
+
 // Makes the file at least `bytes` long with its blocks allocated, so that no later write runs out
 // of space. kNoSpace (path, needed, free) leaves the file at its former length. Where the
 // filesystem cannot reserve, the file is only extended and `note` says so.
@@ -39,5 +43,10 @@ Status reserve_space(SwapFile& file, std::uint64_t bytes);
                                       std::uint64_t offset);
 [[nodiscard]] std::int64_t pwrite_some(int fd, const std::byte* buffer, std::size_t nbytes,
                                        std::uint64_t offset);
+
+// The same for all of `bytes`: short transfers are continued, EINTR is retried. A file that ends
+// within a read is kCorrupt. For what is not on a fast path.
+Status read_all(const SwapFile& file, std::span<std::byte> bytes, std::uint64_t offset);
+Status write_all(const SwapFile& file, std::span<const std::byte> bytes, std::uint64_t offset);
 
 }  // namespace offload

@@ -17,8 +17,14 @@ enum class SysOp : std::uint8_t {
   kFtruncate,
   kPread,
   kPwrite,
+  kFdatasync,
+  kFsync,  // of a directory
+  kLock,
+  kRename,  // fd: of the directory
+  kUnlink,  // likewise
   kRingSetup,
   kRingEnter,
+  kRingRegister,
   kRingRead,   // on_cqe only: a read that io_uring completed
   kRingWrite,  // on_cqe only
 };

@@ -12,68 +12,68 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from offload.errors import BudgetError
-from offload.planner.spec import Placement, Plan, UnitSpec
-
-# Of a disk whose rates were not measured: time of a written byte, as a fraction of a read one's.
-_WRITE_TIME = 0.5
+from offload.planner.spec import DiskSpec, Placement, Plan, UnitSpec
 
 SMALL_BYTES = 64 << 10
 """Units up to this size (norms, biases) are never spilled: a transfer of them costs a request and
 saves next to nothing."""
 
-STAGING_SET_BYTES = 4 << 20
+STAGED_BLOCKS = 4
+"""Of one chunk of an update: parameters, gradients, two moments."""
 _LEAST_STAGING_SETS = 2
 _MOST_STAGING_SETS = 8
 
 
-def smallest_budget(units: Sequence[UnitSpec], swap: bool) -> int:
+def smallest_budget(units: Sequence[UnitSpec], disk: DiskSpec | None) -> int:
     """Return the least host budget in bytes with which `units` can be trained.
 
     Args:
         units: all units of the model.
-        swap: whether there is a disk to spill to.
+        disk: what to spill to; None: nothing may be spilled.
     """
     everything = _everything(units)
-    if not swap:
+    if disk is None:
         return everything
     spillable = [u for u in units if not _is_kept(u)]
-    staging = _LEAST_STAGING_SETS * STAGING_SET_BYTES
+    staging = _LEAST_STAGING_SETS * STAGED_BLOCKS * disk.block_bytes + disk.store_bytes
     return min(everything, _kept_bytes(units) + staging + _least_ring(spillable))
 
 
-def place(units: Sequence[UnitSpec], budget_bytes: int, swap: bool) -> Plan:
-    """Return the plan for `units` within `budget_bytes` of host memory.
+def place(units: Sequence[UnitSpec], budget_bytes: int, disk: DiskSpec | None) -> Plan:
+    """Return the plan for `units` within `budget_bytes` of host memory, spilling to `disk`.
 
     Raises:
         BudgetError: the budget is too small; the message names the smallest that would do.
     """
-    least = smallest_budget(units, swap)
+    least = smallest_budget(units, disk)
     if budget_bytes < least:
-        hint = "" if swap else " without a swap directory (Policy(swap_dir=...))"
+        hint = "" if disk is not None else " without a swap directory (Policy(swap_dir=...))"
         raise BudgetError(
             f"Budget(host={budget_bytes}) is too small for this model{hint}: the smallest host "
             f"budget that would do is {least} bytes ({least / 2**20:.1f} MiB)"
         )
-    if budget_bytes >= _everything(units):
+    if disk is None or budget_bytes >= _everything(units):
         pinned = tuple(Placement(u, True, True, True) for u in units)
-        return Plan(budget_bytes, 0, 0, 0, pinned)
+        return Plan(budget_bytes, 0, 0, 0, 0, pinned)
 
+    set_bytes = STAGED_BLOCKS * disk.block_bytes
     staging_sets = min(
-        _MOST_STAGING_SETS, max(_LEAST_STAGING_SETS, budget_bytes // 32 // STAGING_SET_BYTES)
+        _MOST_STAGING_SETS, max(_LEAST_STAGING_SETS, budget_bytes // 32 // set_bytes)
     )
     flat = [u for u in units if not _is_kept(u)]
     values = sum(u.param_bytes + u.grad_bytes for u in flat)
-    left = budget_bytes - _kept_bytes(units) - staging_sets * STAGING_SET_BYTES
+    room = budget_bytes - disk.store_bytes - _kept_bytes(units)
+    left = room - staging_sets * set_bytes
     if left < _least_ring(flat):
         staging_sets = _LEAST_STAGING_SETS
-        left = budget_bytes - _kept_bytes(units) - staging_sets * STAGING_SET_BYTES
+        left = room - staging_sets * set_bytes
     largest = max(_largest(flat))
     if left >= values + largest:  # the ring serves to read optimizer state out
         ring, pins = largest, {(i, kind) for i in range(len(units)) for kind in ("param", "grad")}
         left -= values + largest
     else:
         ring = max(_least_ring(flat), min(_good_ring(flat), left // 2))
-        pins, left = _pin_values(units, left - ring)
+        pins, left = _pin_values(units, left - ring, disk.write_time)
         ring += left
         left = 0
     placements = []
@@ -90,7 +90,12 @@ def place(units: Sequence[UnitSpec], budget_bytes: int, swap: bool) -> Plan:
             )
         )
     return Plan(
-        budget_bytes, staging_sets, staging_sets * STAGING_SET_BYTES, ring + left, tuple(placements)
+        budget_bytes,
+        staging_sets,
+        staging_sets * set_bytes,
+        disk.store_bytes,
+        ring + left,
+        tuple(placements),
     )
 
 
@@ -128,7 +133,9 @@ def _good_ring(units: Sequence[UnitSpec]) -> int:
     return 2 * params + 3 * grads
 
 
-def _pin_values(units: Sequence[UnitSpec], room: int) -> tuple[set[tuple[int, str]], int]:
+def _pin_values(
+    units: Sequence[UnitSpec], room: int, write_time: float
+) -> tuple[set[tuple[int, str]], int]:
     """Choose parameter and gradient slabs to pin in `room` bytes, spread evenly over the units.
 
     Returns the choice and the bytes left over.
@@ -139,7 +146,7 @@ def _pin_values(units: Sequence[UnitSpec], room: int) -> tuple[set[tuple[int, st
     streamed = params + grads - room
     # Forward: X of reads. Backward: X + Y of reads and Y of writes, in twice the time. Equal load
     # for X + Y = `streamed`:
-    share = 0.5 * (1 + _WRITE_TIME) / (1 + 0.5 * _WRITE_TIME)
+    share = 0.5 * (1 + write_time) / (1 + 0.5 * write_time)
     stream_params = min(float(params), max(share * streamed, float(streamed - grads)))
     pin_share = {
         "param": 1 - stream_params / params if params else 0.0,

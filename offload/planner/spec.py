@@ -25,6 +25,22 @@ class UnitSpec:
 
 
 @dataclass(frozen=True)
+class DiskSpec:
+    """What the planner knows of the swap directories.
+
+    Attributes:
+        block_bytes: of one transfer.
+        store_bytes: host memory that the swap store itself takes (for encryption).
+        write_time: time of a written byte, as a fraction of a read one's. The default is for a disk
+            that was not measured.
+    """
+
+    block_bytes: int = 1 << 20
+    store_bytes: int = 0
+    write_time: float = 0.5
+
+
+@dataclass(frozen=True)
 class Placement:
     """Which slabs of a unit stay in host memory for good; the others have their home on disk."""
 
@@ -50,6 +66,7 @@ class Plan:
         budget_bytes: the host budget.
         staging_sets: chunks of optimizer state in flight.
         staging_bytes: what they take in all.
+        store_bytes: what the swap store itself takes.
         ring_bytes: host memory through which spilled slabs pass.
         placements: one per unit.
     """
@@ -57,6 +74,7 @@ class Plan:
     budget_bytes: int
     staging_sets: int
     staging_bytes: int
+    store_bytes: int
     ring_bytes: int
     placements: tuple[Placement, ...]
 
@@ -66,7 +84,7 @@ class Plan:
             "parameters": sum(p.unit.param_bytes for p in self.placements if p.pin_params),
             "gradients": sum(p.unit.grad_bytes for p in self.placements if p.pin_grads),
             "optimizer state": sum(2 * p.unit.grad_bytes for p in self.placements if p.pin_state),
-            "staging": self.staging_bytes + self.ring_bytes,
+            "staging": self.staging_bytes + self.store_bytes + self.ring_bytes,
         }
 
     def disk_bytes(self) -> dict[str, int]:
@@ -82,8 +100,8 @@ class Plan:
 
     @property
     def pinned_bytes(self) -> int:
-        """Host memory that is not the ring: what stays for good, and the update's staging."""
-        return sum(self.host_bytes().values()) - self.ring_bytes
+        """Slabs that stay for good, and the update's staging."""
+        return sum(self.host_bytes().values()) - self.ring_bytes - self.store_bytes
 
     @property
     def spills(self) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -10,17 +9,15 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from offload import _native
-from offload.errors import OffloadError, SwapSpaceError, UnsupportedError
-from offload.planner import Plan, UnitSpec, place
+from offload.errors import OffloadError, UnsupportedError
+from offload.planner import UnitSpec
 from offload.policy import Policy
 from offload.runtime.backward import BackwardHooks
 from offload.runtime.discover import Discovery, find_units
 from offload.runtime.forward import ForwardHooks
+from offload.runtime.resources import Resources
 from offload.runtime.saved_tensors import SavedTensorHooks
 from offload.runtime.state_dict import add_state_dict_hooks
-from offload.tiers.context import RuntimeContext
-from offload.tiers.mover import Mover
 from offload.tiers.unit import OffloadedParam, SpilledParameter, Unit
 
 ATTRIBUTE = "_offload_wrapped"
@@ -44,8 +41,8 @@ class WrappedModel:
         self.model = model
         self._handles: list[RemovableHandle] = []
         units, specs = _lay_out(found)
-        plan = place(specs, policy.budget.host_bytes, swap=policy.swap_path is not None)
-        self.context = _make_context(policy, plan)
+        self._resources = Resources(policy, specs)
+        self.context = self._resources.open()
         try:
             for unit in units:
                 for param in unit.params:
@@ -141,11 +138,7 @@ class WrappedModel:
 
     def notes(self) -> tuple[str, ...]:
         """Return which choices were made, and why."""
-        store = self.context.store
-        if store is None:
-            return ()
-        notes = [f"I/O engine: {store.engine} ({store.engine_reason})"]
-        return (*notes, store.note) if store.note else tuple(notes)
+        return self._resources.notes(self.context.store)
 
 
 def _lay_out(found: Discovery) -> tuple[list[Unit], list[UnitSpec]]:
@@ -161,43 +154,6 @@ def _lay_out(found: Discovery) -> tuple[list[Unit], list[UnitSpec]]:
 
 def _pages(nbytes: int) -> int:
     return -(-nbytes // 4096) * 4096
-
-
-def _make_context(policy: Policy, plan: Plan) -> RuntimeContext:
-    store = None
-    if plan.spills:
-        if policy.swap_path is None:
-            raise OffloadError("the plan spills without a swap directory (internal error)")
-        store = _native.SwapStore(policy.swap_path, policy.io_engine, policy.queue_depth)
-    try:
-        return _fill_context(policy, plan, store)
-    except BaseException:
-        if store is not None:
-            store.close()  # the exception may be kept, and the file with it
-        raise
-
-
-def _fill_context(policy: Policy, plan: Plan, store: _native.SwapStore | None) -> RuntimeContext:
-    if store is not None:
-        block = _native.SwapStore.block_bytes
-        objects = sum(
-            (not p.pin_params) + (not p.pin_grads) + 2 * (not p.pin_state) for p in plan.placements
-        )
-        wanted = sum(plan.disk_bytes().values()) + objects * block
-        spare = min(plan.budget_bytes, wanted) + objects * block
-        limit = policy.budget.disk_bytes
-        if limit is not None and wanted + spare > limit:
-            raise SwapSpaceError(
-                28,
-                f"Budget(disk={limit}) is too small: {wanted} bytes live on disk and {spare} more "
-                f"are needed while they are replaced, {wanted + spare} in all",
-            )
-        store.reserve(wanted, spare)
-    home = _native.HostArena(plan.pinned_bytes, policy.debug)
-    ring = _native.HostArena(plan.ring_bytes, policy.debug) if plan.ring_bytes else None
-    threads = 1 if plan.spills else len(os.sched_getaffinity(0))
-    pipeline = _native.UpdatePipeline(store, home, plan.staging_sets, threads)
-    return RuntimeContext(policy, plan, Mover(home, ring, store), pipeline)
 
 
 def _refuse_copy(memo: Any) -> NoReturn:

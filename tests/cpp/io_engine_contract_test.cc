@@ -256,6 +256,81 @@ TEST_CASE_TEMPLATE("close() finishes what is in flight and cancels what is queue
   CHECK(engine->close().is_ok());
 }
 
+TEST_CASE_TEMPLATE("a request that cannot be prepared fails alone and moves nothing", Factory,
+                   OFFLOAD_ENGINES) {
+  constexpr int kRequests = 40;
+  TestFile file(kPageBytes);
+  Buffer buffer(kPageBytes);
+  auto engine = make<Factory>(2, 2);
+  if (!engine) return;
+  std::vector<std::unique_ptr<RecordingRequest>> requests;
+  for (int i = 0; i < kRequests; ++i) {
+    requests.push_back(
+        std::make_unique<RecordingRequest>(IoOp::kWrite, file.fd(), buffer.get(), kPageBytes, 0));
+    if (i % 4 != 3) requests.back()->prepare_result = Status::error(Code::kInvalid, "not now");
+  }
+  REQUIRE(engine->submit(pointers(requests)).is_ok());
+  for (int i = 0; i < kRequests; ++i) {
+    const Status status = requests[i]->wait();
+    CHECK(status.code() == (i % 4 != 3 ? Code::kInvalid : Code::kOk));
+    CHECK(requests[i]->completed() == 1);
+  }
+  CHECK(engine->close().is_ok());
+  CHECK(engine->counters().bytes_written == kRequests / 4 * kPageBytes);
+}
+
+TEST_CASE_TEMPLATE("a cancelled request never starts, one in flight ends as it would", Factory,
+                   OFFLOAD_ENGINES) {
+  TestFile file(kPageBytes);
+  Buffer buffer(4 * kPageBytes);
+  auto engine = make<Factory>(1, 1);
+  if (!engine) return;
+  Gate gate(file, buffer.get());
+  std::atomic<bool> cancel{false};
+  gate.blocker.cancel = &cancel;
+  REQUIRE(engine->submit({&gate.blocker}).is_ok());
+  gate.entered.wait();
+  RecordingRequest cancelled(IoOp::kWrite, file.fd(), buffer.get() + kPageBytes, kPageBytes, 0);
+  RecordingRequest other(IoOp::kRead, file.fd(), buffer.get() + 2 * kPageBytes, kPageBytes, 0);
+  cancelled.cancel = &cancel;
+  REQUIRE(engine->submit({&cancelled, &other}).is_ok());
+  cancel = true;
+  gate.release.count_down();
+  CHECK(gate.blocker.wait().is_ok());
+  CHECK(cancelled.wait().code() == Code::kCancelled);
+  CHECK(cancelled.prepared == 0);
+  CHECK(other.wait().is_ok());
+  CHECK(engine->close().is_ok());
+  CHECK(engine->counters().bytes_written == 0);
+}
+
+TEST_CASE_TEMPLATE("in phases, reads and writes take turns", Factory, OFFLOAD_ENGINES) {
+  constexpr int kRequests = 96;
+  TestFile file(kRequests * kPageBytes);
+  Buffer buffer(kRequests * kPageBytes);
+  Result<std::unique_ptr<IoEngine>> made = Factory::make(
+      {.queue_depth = 4, .threads = 4, .phase_bytes = 8 * kPageBytes, .files = {file.fd()}});
+  if (!made.is_ok()) return;
+  auto engine = made.take();
+  std::vector<std::unique_ptr<RecordingRequest>> requests;
+  std::atomic<int> switches{0};
+  std::atomic<IoOp> last{IoOp::kRead};
+  for (int i = 0; i < kRequests; ++i) {
+    const IoOp op = i % 3 == 0 ? IoOp::kWrite : IoOp::kRead;
+    requests.push_back(std::make_unique<RecordingRequest>(
+        op, file.fd(), buffer.get() + i * kPageBytes, kPageBytes, i * kPageBytes));
+    requests.back()->on_prepare = [&, op] {
+      if (last.exchange(op) != op) ++switches;
+    };
+  }
+  REQUIRE(engine->submit(pointers(requests)).is_ok());
+  for (const auto& request : requests) CHECK(request->wait().is_ok());
+  CHECK(engine->close().is_ok());
+  // 32 writes and 64 reads in turns of 8; in the order of submission there would be 63 switches.
+  CHECK(switches >= 7);
+  CHECK(switches <= 12);
+}
+
 TEST_CASE_TEMPLATE("close() on an engine thread is refused", Factory, OFFLOAD_ENGINES) {
   TestFile file(kPageBytes);
   Buffer buffer(kPageBytes);

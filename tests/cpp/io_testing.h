@@ -95,9 +95,10 @@ class RecordingRequest : public IoRequest {
     offset = offset_;
   }
 
-  void prepare() override {
+  Status prepare() override {
     ++prepared;
     if (on_prepare) on_prepare();
+    return prepare_result;
   }
   void complete(Status status) override {
     if (on_complete) on_complete(status);
@@ -119,6 +120,7 @@ class RecordingRequest : public IoRequest {
   }
 
   std::atomic<int> prepared{0};
+  Status prepare_result;
   std::function<void()> on_prepare;
   std::function<void(const Status&)> on_complete;
 
@@ -144,7 +146,8 @@ struct TestFile {
 };
 
 // Faults chosen by a function of the operation's number (from 0): an errno, or a short count that
-// keeps to `alignment`, or neither. Serves both engines.
+// keeps to `alignment`, or neither. Serves both engines. REQUIRES: outlives the engine, whose
+// thread goes through the hooks until it is closed.
 class Faults : public SyscallHooks {
  public:
   struct Fault {

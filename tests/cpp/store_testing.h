@@ -31,7 +31,7 @@
 
 namespace offload {
 
-inline constexpr std::uint64_t kBlock = SwapStore::kBlockBytes;
+inline constexpr std::uint64_t kBlock = SwapStoreOptions::kDefaultBlockBytes;
 
 struct StoreOnThreads {
   static constexpr EngineKind kKind = EngineKind::kThreads;
@@ -50,7 +50,7 @@ template <typename Engine>
 std::shared_ptr<SwapStore> open_store(const TempDir& dir, std::uint64_t bytes = 0,
                                       std::uint64_t spare = 0) {
   Result<std::shared_ptr<SwapStore>> store =
-      SwapStore::open({.dir = dir.path(), .engine = Engine::kKind, .io = {}});
+      SwapStore::open({.dirs = {{dir.path()}}, .engine = Engine::kKind, .io = {}});
   if (!store.is_ok()) {
     const int err = store.status().os_errno();
     REQUIRE_MESSAGE((err == EPERM || err == ENOSYS), store.status().to_string());

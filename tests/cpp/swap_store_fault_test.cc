@@ -82,7 +82,7 @@ TEST_CASE_TEMPLATE("SwapStore finds a byte that the disk changed and says where"
   const ObjectId object = create_object(*store, 3 * kBlock);
   const auto bytes = random_bytes(3 * kBlock, 1);
   must_write(*store, object, *bytes, 3 * kBlock);
-  const std::string file = "/proc/self/fd/" + std::to_string(store->file().fd.get());
+  const std::string file = "/proc/self/fd/" + std::to_string(store->stripes()[0].file.fd.get());
   const UniqueFd behind(::open(file.c_str(), O_RDWR | O_CLOEXEC));
   REQUIRE(behind.is_open());
   constexpr off_t kAt = static_cast<off_t>(kBlock) + 12345;

@@ -114,7 +114,7 @@ class Driver {
     // Mostly of one short block: what is tested here is not the disk.
     const std::uint64_t nbytes = random_() % 60 == 0 ? 1 + random_() % (kMaxBlocks * kBlock)
                                                      : 1 + random_() % (kPageBytes + 2000);
-    const std::uint64_t blocks = SwapStore::footprint(nbytes) / kBlock;
+    const std::uint64_t blocks = store_.footprint(nbytes) / kBlock;
     const Result<ObjectId> id = store_.create(nbytes);
     if (id.is_ok() != (blocks_ + blocks <= kObjectBlocks)) ++wrong;
     if (!id.is_ok()) {

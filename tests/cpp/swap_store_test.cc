@@ -92,8 +92,9 @@ TEST_CASE_TEMPLATE("SwapStore refuses to read what was never written, and starts
   CHECK_FALSE(store->written(object, kBlock).value());
   const IoCounters before = store->stats().io;
   Pending pending;
-  const Status status = store->read({{object, 0, buffer.get(), 2 * kBlock}}, IoPriority::kDemand,
-                                    pending.completion());
+  const Status status =
+      store->read(std::vector<SwapStore::Range>{{object, 0, buffer.get(), 2 * kBlock}},
+                  IoPriority::kDemand, pending.completion());
   CHECK(status.code() == Code::kInvalid);
   CHECK(store->close().is_ok());
   CHECK(pending.calls() == 0);
@@ -155,8 +156,8 @@ TEST_CASE_TEMPLATE("SwapStore refuses a second write of a block in flight, and i
   Gate gate(IoOp::kWrite);
   Pending slow;
   REQUIRE(store
-              ->write({{object, 0, second->get(), 2 * kBlock}}, IoPriority::kBackground,
-                      slow.completion())
+              ->write(std::vector<SwapStore::Range>{{object, 0, second->get(), 2 * kBlock}},
+                      IoPriority::kBackground, slow.completion())
               .is_ok());
   gate.wait_for_operation();
   CHECK(write_now(*store, {{object, kBlock, first->get(), kBlock}}).code() == Code::kInvalid);
@@ -265,9 +266,10 @@ TEST_CASE_TEMPLATE("A SwapStore read gets the version it started on, whole", Eng
   Pending slow;
   {
     Gate gate(IoOp::kRead);
-    REQUIRE(
-        store->read({{object, 0, buffer.get(), kBlock}}, IoPriority::kBackground, slow.completion())
-            .is_ok());
+    REQUIRE(store
+                ->read(std::vector<SwapStore::Range>{{object, 0, buffer.get(), kBlock}},
+                       IoPriority::kBackground, slow.completion())
+                .is_ok());
     gate.wait_for_operation();
     // Enough writes to take every slot again, had the reader's been handed out. (The ring has
     // read the bytes before they are held up here, the threads have not.)
@@ -294,8 +296,8 @@ TEST_CASE_TEMPLATE("SwapStore::close waits, is idempotent and ends everything", 
   const auto bytes = random_bytes(4 * kBlock, 1);
   Pending pending;
   REQUIRE(store
-              ->write({{object, 0, bytes->get(), 4 * kBlock}}, IoPriority::kBackground,
-                      pending.completion())
+              ->write(std::vector<SwapStore::Range>{{object, 0, bytes->get(), 4 * kBlock}},
+                      IoPriority::kBackground, pending.completion())
               .is_ok());
   CHECK(store->close().is_ok());
   CHECK(pending.calls() == 1);  // done or cancelled, never forgotten
@@ -313,25 +315,36 @@ TEST_CASE_TEMPLATE("SwapStore::close waits, is idempotent and ends everything", 
 
 TEST_CASE("SwapStore::open says what is wrong with its directory or its options") {
   TempDir dir;
-  const auto missing = SwapStore::open({.dir = dir.path() + "/none", .engine = {}, .io = {}});
+  const auto missing = SwapStore::open({.dirs = {{dir.path() + "/none"}}, .engine = {}, .io = {}});
   REQUIRE_FALSE(missing.is_ok());
   CHECK(missing.status().os_errno() == ENOENT);
-  const auto bad = SwapStore::open({.dir = dir.path(), .engine = {}, .io = {.queue_depth = 0}});
+  const auto bad =
+      SwapStore::open({.dirs = {{dir.path()}}, .engine = {}, .io = {.queue_depth = 0}});
   REQUIRE_FALSE(bad.is_ok());
   CHECK(bad.status().code() == Code::kInvalid);
   const auto threads =
-      SwapStore::open({.dir = dir.path(), .engine = EngineKind::kThreads, .io = {}});
+      SwapStore::open({.dirs = {{dir.path()}}, .engine = EngineKind::kThreads, .io = {}});
   REQUIRE(threads.is_ok());
-  CHECK(std::string(threads.value()->engine_name()) == "threads");
-  CHECK(threads.value()->engine_reason() == "threads: requested");
+  CHECK(std::string(threads.value()->stripes()[0].engine->name()) == "threads");
+  CHECK(threads.value()->stripes()[0].engine_reason == "threads: requested");
   CHECK(dir.empty());
 }
 
-TEST_CASE("SwapStore::footprint counts whole blocks") {
-  CHECK(SwapStore::footprint(0) == 0);
-  CHECK(SwapStore::footprint(1) == kBlock);
-  CHECK(SwapStore::footprint(kBlock) == kBlock);
-  CHECK(SwapStore::footprint(kBlock + 1) == 2 * kBlock);
+TEST_CASE("SwapStore::footprint counts whole blocks, of any size allowed") {
+  TempDir dir;
+  for (const std::uint64_t block : {std::uint64_t{64} << 10, kBlock, std::uint64_t{16} << 20}) {
+    const auto store = SwapStore::open({.dirs = {{dir.path()}}, .io = {}, .block_bytes = block});
+    REQUIRE(store.is_ok());
+    CHECK(store.value()->footprint(0) == 0);
+    CHECK(store.value()->footprint(1) == block);
+    CHECK(store.value()->footprint(block) == block);
+    CHECK(store.value()->footprint(block + 1) == 2 * block);
+  }
+  for (const std::uint64_t block : {std::uint64_t{0}, kBlock / 32, 3 * kBlock, 32 * kBlock}) {
+    const auto store = SwapStore::open({.dirs = {{dir.path()}}, .io = {}, .block_bytes = block});
+    CHECK(store.status().code() == Code::kInvalid);
+  }
+  CHECK(SwapStore::open({.dirs = {}, .io = {}}).status().code() == Code::kInvalid);
 }
 
 }  // namespace offload

@@ -13,7 +13,7 @@
 #include <vector>
 
 #include "doctest/doctest.h"
-#include "mem/host_arena.h"
+#include "mem/make_host_memory.h"
 #include "store_testing.h"
 #include "temp_dir.h"
 
@@ -22,13 +22,13 @@ namespace {
 
 constexpr std::uint64_t kNbytes = 2 * kBlock + 1234;
 
-std::shared_ptr<HostArena> make_arena() {
-  auto arena = HostArena::create(16 * kBlock, true);
+std::shared_ptr<HostMemory> make_arena() {
+  auto arena = make_host_memory(16 * kBlock, {.poison = true});
   REQUIRE_MESSAGE(arena.is_ok(), arena.status().to_string());
   return arena.take();
 }
 
-std::shared_ptr<Lease> filled_lease(HostArena& arena, std::uint64_t nbytes, int value) {
+std::shared_ptr<Lease> filled_lease(HostMemory& arena, std::uint64_t nbytes, int value) {
   Result<Lease> lease = arena.allocate(nbytes);
   REQUIRE_MESSAGE(lease.is_ok(), lease.status().to_string());
   std::memset(lease.value().data(), value, lease.value().nbytes());

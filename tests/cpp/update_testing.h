@@ -16,25 +16,25 @@
 
 #include "doctest/doctest.h"
 #include "io_testing.h"
-#include "mem/host_arena.h"
+#include "mem/make_host_memory.h"
 #include "optim/adamw.h"
 #include "store_testing.h"
 #include "stream/update_pipeline.h"
 
 namespace offload {
 
-inline constexpr std::uint64_t kChunk = UpdatePipeline::kChunkElements;
+inline constexpr std::uint64_t kChunk = (kBlock / sizeof(float));
 enum Operand { kParam, kGrad, kExpAvg, kExpAvgSq, kOperands };
 using Arrays = std::array<std::vector<float>, kOperands>;
 
-inline std::shared_ptr<HostArena> make_arena() {
-  auto arena = HostArena::create(std::uint64_t{160} << 20, true);
+inline std::shared_ptr<HostMemory> make_arena() {
+  auto arena = make_host_memory(std::uint64_t{160} << 20, {.poison = true});
   REQUIRE_MESSAGE(arena.is_ok(), arena.status().to_string());
   return arena.take();
 }
 
 inline std::shared_ptr<UpdatePipeline> make_pipeline(const std::shared_ptr<SwapStore>& store,
-                                                     const std::shared_ptr<HostArena>& arena,
+                                                     const std::shared_ptr<HostMemory>& arena,
                                                      unsigned staging_sets, unsigned threads) {
   auto pipeline = UpdatePipeline::create(store, arena, {staging_sets, threads});
   REQUIRE_MESSAGE(pipeline.is_ok(), pipeline.status().to_string());
@@ -86,7 +86,7 @@ inline const std::vector<float>& positive_pool() {
 // hold before its update and what they must hold after it.
 class Unit {
  public:
-  Unit(SwapStore* store, HostArena& arena, std::uint64_t numel, unsigned on_disk,
+  Unit(SwapStore* store, HostMemory& arena, std::uint64_t numel, unsigned on_disk,
        bool fresh_moments, std::mt19937_64& random)
       : store_(store) {
     job_.numel = numel;
@@ -150,7 +150,7 @@ class Unit {
   Arrays after;
 
  private:
-  void place(int k, bool on_disk, bool unwritten, HostArena& arena) {
+  void place(int k, bool on_disk, bool unwritten, HostMemory& arena) {
     const std::uint64_t nbytes = job_.numel * sizeof(float);
     Result<Lease> lease = arena.allocate(nbytes);
     REQUIRE_MESSAGE(lease.is_ok(), lease.status().to_string());

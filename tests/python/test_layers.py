@@ -1,6 +1,6 @@
 """Imports point one way. The tables are the layers of the design; a new folder or module joins one.
 
-csrc:     base <- sys <- {mem, io} <- store <- stream <- bind, and optim, which sees base only
+csrc:     base <- sys <- cuda <- {mem, io} <- store <- stream <- bind; optim sees base only
 offload:  {policy, errors, trace} <- _native <- tiers <- {runtime, optim} <- checkpoint <- api
           <- {integrations, cli}; planner sees policy and errors, report sees trace and planner
 """
@@ -20,7 +20,8 @@ ROOT = Path(__file__).resolve().parents[2]
 CSRC_LAYERS: dict[str, set[str]] = {
     "base": set(),
     "sys": {"base"},
-    "mem": {"base", "sys"},
+    "cuda": {"base", "sys"},
+    "mem": {"base", "sys", "cuda"},
     "io": {"base", "sys"},
     "optim": {"base"},
     "store": {"base", "sys", "mem", "io"},

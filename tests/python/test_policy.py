@@ -142,11 +142,25 @@ def test_frozen() -> None:
     assert policy == Policy(budget=Budget(host=1))
 
 
-def test_swap_path() -> None:
+def test_swap_dirs() -> None:
     budget = Budget(host=1)
-    assert Policy(budget).swap_path is None
-    assert Policy(budget, swap_dir="a/b").swap_path == "a/b"
-    assert Policy(budget, swap_dir=Path("a") / "b").swap_path == "a/b"
+    assert Policy(budget).swap_dirs == ()
+    assert Policy(budget, swap_dir="a/b").swap_dirs == ("a/b",)
+    assert Policy(budget, swap_dir=Path("a") / "b").swap_dirs == ("a/b",)
+    assert Policy(budget, swap_dir=["a", Path("b")]).swap_dirs == ("a", "b")
+    with pytest.raises(PolicyError, match="named twice"):
+        Policy(budget, swap_dir=["a", Path("a")])
+    with pytest.raises(PolicyError, match="name a directory"):
+        Policy(budget, swap_dir=[])
+
+
+def test_io_block_bytes() -> None:
+    budget = Budget(host=1)
+    assert Policy(budget).block_bytes == 2**20
+    assert Policy(budget, io_block_bytes="64KiB").block_bytes == 2**16
+    for wrong in ("32KiB", "3MiB", "32MiB", 0):
+        with pytest.raises(PolicyError, match="power of two"):
+            Policy(budget, io_block_bytes=wrong)
 
 
 def test_unit_limit() -> None:

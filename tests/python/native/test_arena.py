@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import gc
+import re
 
 import pytest
 import torch
 
-from offload import BudgetError, OffloadError, _native
+from offload import BudgetError, OffloadError, UnsupportedError, _native
 
 PAGE = 4096
 
@@ -29,8 +30,9 @@ def test_usage() -> None:
     assert usage["largest_free"] == 8 * PAGE
     del lease
     usage = arena.usage()
-    assert (usage["in_use"], usage["peak"]) == (0, 2 * PAGE)
-    assert usage["largest_free"] == 10 * PAGE
+    assert (usage["in_use"], usage["peak"], usage["allocations"]) == (0, 2 * PAGE, 1)
+    assert usage["largest_free"] == usage["committed"] == 10 * PAGE
+    assert isinstance(arena.note, str)
 
 
 def test_tensor_keeps_the_memory() -> None:
@@ -99,3 +101,21 @@ def test_wrong_sizes() -> None:
             call(0)
         with pytest.raises(TypeError):
             call(-1)
+
+
+def test_pinning_works_or_is_refused() -> None:
+    arena, refusal = None, ""
+    try:
+        arena = _native.HostArena(PAGE, pin="cuda")
+    except UnsupportedError as error:
+        refusal = str(error)
+    if arena is None:
+        assert re.search("page-locked for CUDA: .*(this build has no CUDA|cudaError)", refusal)
+    else:
+        tensor = torch.frombuffer(arena.allocate(PAGE), dtype=torch.uint8)
+        assert tensor.is_pinned() or not torch.cuda.is_available()
+
+
+def test_pinning_for_something_else_is_refused() -> None:
+    with pytest.raises(OffloadError, match="'cuda', not 'rocm'"):
+        _native.HostArena(PAGE, pin="rocm")  # type: ignore[arg-type]

@@ -93,9 +93,10 @@ def test_transfer_keeps_its_lease(engine: str, tmp_path: Path, arena: _native.Ho
     assert arena.usage()["in_use"] == back.nbytes
 
 
-def test_footprint() -> None:
-    block = _native.SwapStore.block_bytes
-    assert [_native.SwapStore.footprint(n) for n in (1, block, block + 1)] == [
+def test_footprint(tmp_path: Path) -> None:
+    store = _native.SwapStore(str(tmp_path))
+    block = _native.SwapStore.default_block_bytes
+    assert [store.footprint(n) for n in (1, block, block + 1)] == [
         block,
         block,
         2 * block,

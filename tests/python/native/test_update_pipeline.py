@@ -17,7 +17,7 @@ from offload import BudgetError, OffloadError, _native
 from offload.optim.aten_rounding import aten_rounding
 
 MIB = 2**20
-BLOCK = _native.SwapStore.block_bytes
+BLOCK = _native.SwapStore.default_block_bytes
 
 
 def hyper(step: float = 1.0) -> _native.AdamWHyper:
@@ -86,7 +86,7 @@ def test_on_disk(engine: str, tmp_path: Path) -> None:
     except OffloadError as error:
         pytest.skip(f"{engine} is not offered here: {error}")
     arena, numel = _native.HostArena(32 * MIB), BLOCK // 4 + 3
-    store.reserve(4 * _native.SwapStore.footprint(4 * numel), 16 * MIB)
+    store.reserve(4 * store.footprint(4 * numel), 16 * MIB)
     unit = Unit(arena, numel, seed=2)
     expected = unit.expected([])
     things = [store.create(4 * numel) for _ in range(4)]
@@ -104,7 +104,7 @@ def test_on_disk(engine: str, tmp_path: Path) -> None:
 def test_staging_counts_against_the_arena() -> None:
     arena = _native.HostArena(8 * MIB)
     pipeline = _native.UpdatePipeline(None, arena, staging_sets=1, threads=1)
-    assert arena.usage()["in_use"] == _native.UpdatePipeline.staging_set_bytes
+    assert arena.usage()["in_use"] == _native.UpdatePipeline.staging_set_bytes()
     with pytest.raises(BudgetError):
         _native.UpdatePipeline(None, arena, staging_sets=2, threads=1)
     pipeline.close()

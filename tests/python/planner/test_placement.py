@@ -7,8 +7,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from offload.errors import BudgetError
-from offload.planner import Placement, Plan, UnitSpec, place, smallest_budget
-from offload.planner.placement import SMALL_BYTES, STAGING_SET_BYTES
+from offload.planner import DiskSpec, Placement, Plan, UnitSpec, place, smallest_budget
+from offload.planner.placement import SMALL_BYTES, STAGED_BLOCKS
 
 PAGE = 4096
 MIB = 2**20
@@ -32,7 +32,7 @@ def everything(units: list[UnitSpec]) -> int:
 
 
 def draw_budget(data: st.DataObject, units: list[UnitSpec]) -> int:
-    least = smallest_budget(units, swap=True)
+    least = smallest_budget(units, disk=DiskSpec())
     return data.draw(st.integers(least, everything(units) + 64 * MIB), label="budget")
 
 
@@ -70,7 +70,7 @@ def check(plan: Plan, units: list[UnitSpec], budget: int) -> None:
         assert plan.ring_bytes >= params + grads + max(params, grads), "deadlock by fragmentation"
     if not all(p.pin_state for p in plan.placements):
         assert plan.staging_sets >= 2
-        assert plan.staging_bytes == plan.staging_sets * STAGING_SET_BYTES
+        assert plan.staging_bytes == plan.staging_sets * STAGED_BLOCKS * DiskSpec().block_bytes
         # The moments of any unit can be read out whole, for a state_dict.
         assert plan.ring_bytes >= max(p.unit.grad_bytes for p in plan.placements if not p.pin_state)
 
@@ -79,37 +79,39 @@ def check(plan: Plan, units: list[UnitSpec], budget: int) -> None:
 @settings(max_examples=400, deadline=None)
 def test_any_budget(units: list[UnitSpec], data: st.DataObject) -> None:
     budget = draw_budget(data, units)
-    check(place(units, budget, swap=True), units, budget)
+    check(place(units, budget, disk=DiskSpec()), units, budget)
 
 
 @given(unit_specs(), st.integers(0, 2**40))
 @settings(max_examples=200, deadline=None)
 def test_more_than_enough_pins_everything(units: list[UnitSpec], more: int) -> None:
     budget = everything(units) + more
-    for swap in (False, True):
-        plan = place(units, budget, swap)
+    for disk in (None, DiskSpec()):
+        plan = place(units, budget, disk)
         check(plan, units, budget)
         assert not plan.spills
         assert plan.ring_bytes == plan.staging_bytes == 0
 
 
-@given(unit_specs(), st.booleans(), st.integers(1, 16 * PAGE))
+@given(unit_specs(), st.sampled_from([None, DiskSpec()]), st.integers(1, 16 * PAGE))
 @settings(max_examples=200, deadline=None)
-def test_smallest_budget_is_the_smallest(units: list[UnitSpec], swap: bool, less: int) -> None:
-    least = smallest_budget(units, swap)
-    check(place(units, least, swap), units, least)
-    hint = "swap_dir" if not swap else ""
+def test_smallest_budget_is_the_smallest(
+    units: list[UnitSpec], disk: DiskSpec | None, less: int
+) -> None:
+    least = smallest_budget(units, disk)
+    check(place(units, least, disk), units, least)
+    hint = "swap_dir" if disk is None else ""
     for budget in (least - 1, least - PAGE, least - less, 0):
         with pytest.raises(BudgetError, match=rf"{hint}.*\b{least} bytes") as caught:
-            place(units, budget, swap)
+            place(units, budget, disk)
         assert f"Budget(host={budget})" in str(caught.value)
 
 
 @given(unit_specs())
 @settings(deadline=None)
 def test_without_swap_everything_must_be_pinned(units: list[UnitSpec]) -> None:
-    assert smallest_budget(units, swap=False) == everything(units)
-    assert smallest_budget(units, swap=True) <= everything(units)
+    assert smallest_budget(units, disk=None) == everything(units)
+    assert smallest_budget(units, disk=DiskSpec()) <= everything(units)
 
 
 @given(unit_specs(), st.data())
@@ -117,7 +119,7 @@ def test_without_swap_everything_must_be_pinned(units: list[UnitSpec]) -> None:
 def test_more_memory_does_not_spill_more(units: list[UnitSpec], data: st.DataObject) -> None:
     """Slabs are whole, so within the largest unit and the staging that the budget adds."""
     budgets = sorted((draw_budget(data, units), draw_budget(data, units)))
-    small, large = (place(units, budget, swap=True) for budget in budgets)
+    small, large = (place(units, budget, disk=DiskSpec()) for budget in budgets)
     slab = max(u.param_bytes + 3 * u.grad_bytes for u in units)
     staging = max(0, large.staging_bytes - small.staging_bytes)
     assert on_disk(large) <= on_disk(small) + slab + staging
@@ -127,14 +129,14 @@ def test_more_memory_does_not_spill_more(units: list[UnitSpec], data: st.DataObj
 @settings(max_examples=200, deadline=None)
 def test_state_leaves_memory_first(units: list[UnitSpec], data: st.DataObject) -> None:
     """A byte of state costs less traffic than one of parameters or gradients."""
-    plan = place(units, draw_budget(data, units), swap=True)
+    plan = place(units, draw_budget(data, units), disk=DiskSpec())
     flat = [p for p in plan.placements if not is_kept(p.unit)]
     assume(any(p.pin_state and p.unit.grad_bytes for p in flat))
     assert all(p.pin_params and p.pin_grads for p in flat)
 
 
 def test_no_units() -> None:
-    plan = place([], 1, swap=False)
+    plan = place([], 1, disk=None)
     assert plan.placements == ()
     assert not plan.spills
 
@@ -147,7 +149,7 @@ def test_step_traffic(micro_batches: int) -> None:
         Placement(UnitSpec("gradients spilled", 1_000_000, 500_000), True, False, True),
         Placement(UnitSpec("pinned", 10**9, 10**9), True, True, True),
     )
-    traffic = Plan(0, 2, 0, 0, placements).step_traffic(micro_batches)
+    traffic = Plan(0, 2, 0, 0, 0, placements).step_traffic(micro_batches)
     params, grads, state = 10_100, 500_080, 160
     reads = 2 * params + grads  # forward and backward; gradients to add to, or for the update
     assert traffic.read == micro_batches * reads + params + state
@@ -155,5 +157,5 @@ def test_step_traffic(micro_batches: int) -> None:
 
 
 def test_pinned_plan_moves_nothing() -> None:
-    plan = place([UnitSpec("a", PAGE, PAGE)], MIB, swap=False)
+    plan = place([UnitSpec("a", PAGE, PAGE)], MIB, disk=None)
     assert plan.step_traffic(4).read == plan.step_traffic(4).written == 0

@@ -1,0 +1,252 @@
+"""The swap store against fio and DeepSpeed's async_io: bytes per second and CPU time per byte.
+
+Reads, writes and the optimizer pipeline's mix of both, each contestant on 4 GiB of its own on the
+same disk, all O_DIRECT, taking turns in an order that rotates. fio runs as fast as it can be made
+to: engine, block size, depth and buffers are chosen by trial before each comparison, and so are the
+settings of DeepSpeed's handle.
+
+    python benchmarks/io.py                       # about 8 minutes
+    python benchmarks/io.py --only read --swap-dir /mnt/nvme
+    python benchmarks/io.py --peer-venv VENV      # with DeepSpeed
+
+DeepSpeed is measured where this Python has it, or in a virtual environment of its own, which keeps
+what DeepSpeed compiles when it is first used (minutes; libaio's headers are needed):
+
+    python -m venv VENV && VENV/bin/pip install torch deepspeed==0.19.8
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import itertools
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from common import Bar, add_common_options, finish, print_rows
+from io_peers.fio import Fio, FioError, candidates
+from io_peers.huge_pages import reserved_huge_pages
+from io_peers.measurement import MIB, WORKLOADS, Measurement
+from io_peers.worker import Worker
+
+LEAST_OF_FIO = 0.97
+FIO_BUFFERS = 64 * MIB
+NAMES = {"read": "reads", "write": "writes", "mix": "optimizer mix"}
+
+
+@dataclass
+class Contestant:
+    """Who is measured: `settings` are tried for each workload, the best one takes part."""
+
+    name: str
+    settings: Mapping[str, Sequence[Any]]  # of each workload
+    measure: Callable[[str, float, Any], Measurement]
+    describe: Callable[[Any], str]
+    chosen: Any = None
+    found: list[Measurement] = field(default_factory=list)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The options; --quick replaces sizes and counts."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_common_options(parser)
+    add = parser.add_argument
+    add("--only", choices=WORKLOADS, help="one of the comparisons")
+    add("--rounds", type=int, default=11, help="turns of each contestant")
+    add("--seconds", type=float, default=2.0, help="length of a measurement")
+    add("--size", type=int, default=4096, metavar="MIB", help="of each contestant's file")
+    add("--swap-dir", metavar="PATH", default=tempfile.gettempdir())
+    add("--peer-venv", metavar="PATH", help="virtual environment with DeepSpeed")
+    options = parser.parse_args()
+    if options.quick:
+        options.rounds, options.seconds, options.size = 1, 0.2, 256
+    if options.rounds < 1 or options.seconds <= 0 or options.size < 64 or options.size % 64 != 0:
+        parser.error("--rounds and --seconds must be positive, --size a multiple of 64")
+    return options
+
+
+def swap_store(worker: Worker) -> Contestant:
+    """The swap store; it has no settings to try."""
+    about = worker.about["config"]
+    print(f"offload: {about}: {worker.about['why']}", flush=True)
+    settings: dict[str, list[Any]] = {workload: [{}] for workload in WORKLOADS}
+    return Contestant("offload", settings, worker.measure, lambda _: str(about))
+
+
+def fio(peer: Fio, huge_pages: bool, quick: bool) -> Contestant:
+    """fio; with --quick, the first of its candidates alone."""
+    if not huge_pages:
+        print("no huge pages may be reserved: fio gets transparent ones through glibc's malloc")
+    tried = candidates(huge_pages)[: 1 if quick else None]
+    return Contestant("fio", dict.fromkeys(WORKLOADS, tried), peer.measure, str)
+
+
+def deepspeed_python(venv: str | None) -> tuple[str, dict[str, str]] | None:
+    """The Python that has DeepSpeed and what its environment needs; None where none has it."""
+    if venv is None:
+        found = importlib.util.find_spec("deepspeed") is not None
+        return (sys.executable, {}) if found else None
+    programs = Path(venv).resolve() / "bin"
+    if not (programs / "python").exists():
+        return None
+    find = "from importlib.util import find_spec as f; raise SystemExit(f('deepspeed') is None)"
+    if subprocess.run([programs / "python", "-c", find], check=False).returncode != 0:
+        return None
+    return str(programs / "python"), {
+        "TORCH_EXTENSIONS_DIR": str(programs.parent / "torch_extensions"),
+        "PATH": f"{programs}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
+    }
+
+
+def deepspeed(worker: Worker, quick: bool) -> Contestant:
+    """DeepSpeed's async_io; with --quick, the first of its settings alone."""
+    print(f"deepspeed: {worker.about['version']}", flush=True)
+    alone = [
+        {"overlap_events": overlap, "intra_op_parallelism": threads, "handles": handles}
+        for overlap, threads, handles in itertools.product((True, False), (1, 2), (1, 2))
+    ][: 1 if quick else None]
+    in_mix = [{**setting, "handles": 2} for setting in alone if setting["handles"] == 1]
+
+    def describe(setting: Mapping[str, Any]) -> str:
+        overlapping = "overlap" if setting["overlap_events"] else "no overlap"
+        threads, handles = setting["intra_op_parallelism"], setting["handles"]
+        return f"1 MiB x 16, {overlapping}, {handles} handle(s) of {threads} thread(s)"
+
+    settings = {"read": alone, "write": alone, "mix": in_mix}
+    return Contestant("deepspeed", settings, worker.measure, describe)
+
+
+def choose(contestant: Contestant, workload: str, seconds: float) -> list[Measurement]:
+    """Tries the contestant's settings, twice each, and takes the one that was once the fastest.
+
+    Settings that the peer refuses are told and left out.
+    """
+    tried = list(contestant.settings[workload])
+    contestant.chosen, contestant.found = tried[0], []
+    if len(tried) == 1:
+        return []
+    best: list[tuple[Measurement, Any]] = []
+    for setting in [*tried, *reversed(tried)]:
+        try:
+            best.append((contestant.measure(workload, seconds, setting), setting))
+        except FioError as error:
+            print(f"left out: {error}")
+    if not best:
+        raise SystemExit(f"{contestant.name}: every setting was refused")
+    contestant.chosen = max(best, key=lambda trial: trial[0].rate)[1]
+    print(
+        f"{NAMES[workload]}, {contestant.name}: {contestant.describe(contestant.chosen)}",
+        flush=True,
+    )
+    return [measurement for measurement, _ in best]
+
+
+def compare(
+    workload: str, contestants: Sequence[Contestant], options: argparse.Namespace
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """(one row per round, one row per contestant) of one workload."""
+    trials = [m for c in contestants for m in choose(c, workload, options.seconds / 4)]
+    rounds: list[dict[str, Any]] = []
+    for number in range(options.rounds):
+        first = number % len(contestants)
+        for contestant in [*contestants[first:], *contestants[:first]]:
+            contestant.found.append(
+                contestant.measure(workload, options.seconds, contestant.chosen)
+            )
+        row: dict[str, Any] = {"workload": workload, "round": number + 1}
+        row |= {f"{c.name}_mb_per_s": c.found[-1].rate / 1e6 for c in contestants}
+        ours, *peers = contestants
+        row |= {f"ratio_to_{c.name}": ours.found[-1].rate / c.found[-1].rate for c in peers}
+        rounds.append(row)
+    print_rows(NAMES[workload], rounds)
+    limit = max(m.rate for m in [*trials, *(m for c in contestants for m in c.found)])
+    return rounds, [summary(workload, c, limit) for c in contestants]
+
+
+def summary(workload: str, contestant: Contestant, limit: float) -> dict[str, Any]:
+    """A contestant's line; `limit` is the highest rate that anyone reached."""
+    found = contestant.found
+    rate = statistics.median(m.rate for m in found)
+
+    def per_mib(seconds: Iterable[float]) -> float:
+        pairs = zip(seconds, found, strict=True)
+        return statistics.median(s / m.nbytes * MIB * 1e6 for s, m in pairs)
+
+    return {
+        "workload": workload,
+        "run": contestant.name,
+        "settings": contestant.describe(contestant.chosen),
+        "mb_per_s": rate / 1e6,
+        "min_mb_per_s": min(m.rate for m in found) / 1e6,
+        "max_mb_per_s": max(m.rate for m in found) / 1e6,
+        "limit_reached": rate / limit,
+        "cpu_s_per_gb": statistics.median(m.cpu_per_byte for m in found) * 1e9,
+        "user_us_per_mib": per_mib(m.user_seconds - m.compute_seconds for m in found),
+        "system_us_per_mib": per_mib(m.system_seconds for m in found),
+        "compute_us_per_mib": per_mib(m.compute_seconds for m in found),
+    }
+
+
+def ratio_bars(rounds: Sequence[Mapping[str, Any]]) -> list[Bar]:
+    """The bars of one workload's rounds, and the spread of each ratio in its name."""
+    bars = []
+    for peer, target in (("fio", LEAST_OF_FIO), ("deepspeed", 1.0)):
+        ratios = [row[f"ratio_to_{peer}"] for row in rounds if f"ratio_to_{peer}" in row]
+        if ratios:
+            name = f"{NAMES[rounds[0]['workload']]}, offload / {peer}, median of {len(ratios)}"
+            spread = f"{min(ratios):.3g} to {max(ratios):.3g}"
+            bars.append(Bar(f"{name} ({spread})", statistics.median(ratios), target, at_least=True))
+    return bars
+
+
+def main() -> int:
+    """Returns 1 if a bar fails."""
+    options = parse_arguments()
+    rounds: list[dict[str, Any]] = []
+    summaries: list[dict[str, Any]] = []
+    bars: list[Bar] = []
+    peer = deepspeed_python(options.peer_venv)
+    with ExitStack() as stack:
+        folder = stack.enter_context(
+            tempfile.TemporaryDirectory(prefix="offload-io-", dir=options.swap_dir)
+        )
+        huge_pages = stack.enter_context(reserved_huge_pages(FIO_BUFFERS))
+        settings = {"folder": folder, "size": options.size * MIB}
+
+        def start(python: str, module: str, env: Mapping[str, str]) -> Worker:
+            log = Path(folder) / f"{module}.log"
+            return stack.enter_context(Worker(python, module, log, settings, env))
+
+        try:
+            contestants = [fio(Fio(folder, options.size * MIB), huge_pages, options.quick)]
+        except FioError as error:
+            raise SystemExit(f"there is nothing to compare with: {error}") from None
+        contestants.insert(0, swap_store(start(sys.executable, "io_peers.swap_store", {})))
+        if peer is not None:
+            print("deepspeed: loading async_io; the first time compiles it", flush=True)
+            worker = start(peer[0], "io_peers.deepspeed_aio", peer[1])
+            contestants.append(deepspeed(worker, options.quick))
+        for workload in WORKLOADS if options.only is None else (options.only,):
+            turns, lines = compare(workload, contestants, options)
+            rounds += turns
+            summaries += lines
+            if peer is None:
+                nobody = {"run": "deepspeed", "settings": "not installed: skipped"}
+                summaries.append({"workload": workload, **nobody})
+            bars += [] if options.quick else ratio_bars(turns)
+    print_rows("medians; of CPU time, the processes' own: none of kernel threads", summaries)
+    return finish(options, options.swap_dir, [*rounds, *summaries], bars)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

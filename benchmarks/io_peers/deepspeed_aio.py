@@ -1,0 +1,138 @@
+"""DeepSpeed's async_io handle under the same load, on one file, as its optimizer swapper drives it.
+
+Runs in the Python that DeepSpeed is installed in. Groups of four tensors move through pinned
+buffers of the handle. Reads or writes alone go through one handle, or through two in turn, so that
+one works while the other is waited for. The mix is PipelinedOptimizerSwapper's: one handle reads
+the next unit's four tensors while another writes three of the previous one's.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections import deque
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from io_peers.measurement import MIB, Measurement, Meter, Progress
+from io_peers.worker import Json, Measure, serve
+
+TENSORS = 64
+GROUP = 4
+SETS = 3
+WRITTEN = 3
+
+
+class AioLoad:
+    """A file written by DeepSpeed; measure() loads it."""
+
+    def __init__(self, folder: str, size: int) -> None:
+        builder = importlib.import_module("deepspeed.ops.op_builder").AsyncIOBuilder()
+        self._aio = builder.load(verbose=False)
+        self._path = str(Path(folder) / "deepspeed")
+        self._nbytes = size // TENSORS
+        self._handles: dict[tuple[bool, int], list[Any]] = {}
+        self._read = 0
+        self._written = 0
+        first = self._pair(True, 1)[0]
+        self._sets = [
+            [first.new_cpu_locked_tensor(self._nbytes // 4, torch.empty(0)) for _ in range(GROUP)]
+            for _ in range(SETS)
+        ]
+        for tensor in self._sets[0]:
+            tensor.copy_(torch.rand(tensor.numel()))
+        file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            os.posix_fallocate(file, 0, size)
+        finally:
+            os.close(file)
+        for start in range(0, TENSORS, GROUP):
+            self._start(first.async_pwrite, self._sets[0], start)
+            self._wait(first, GROUP)
+        self._start(first.async_pread, self._sets[1], TENSORS - GROUP)
+        self._wait(first, GROUP)
+        if not all(map(torch.equal, self._sets[0], self._sets[1])):
+            raise SystemExit("DeepSpeed read other bytes than it wrote")
+
+    def measure(self, request: Json) -> Measurement:
+        """One measurement of request["workload"] with handles as the request wants them."""
+        pair = self._pair(request["overlap_events"], request["intra_op_parallelism"])
+        meter = Meter(request["seconds"], lambda: Progress(self._read, self._written))
+        if request["workload"] == "mix":
+            self._swap_units(meter, *pair)
+        else:
+            reading = request["workload"] == "read"
+            self._move_groups(meter, reading, pair[: request["handles"]])
+        return meter.result()
+
+    def _pair(self, overlap_events: bool, threads: int) -> list[Any]:
+        """Two handles: block size 1 MiB, queue depth 16, submitted in batches."""
+        key = (overlap_events, threads)
+        if key not in self._handles:
+            self._handles[key] = [
+                self._aio.aio_handle(MIB, 16, False, overlap_events, threads) for _ in range(2)
+            ]
+        return self._handles[key]
+
+    def _start(
+        self, transfer: Callable[..., int], tensors: Iterable[torch.Tensor], first: int
+    ) -> None:
+        for number, tensor in enumerate(tensors, start=first):
+            if transfer(tensor, self._path, number % TENSORS * self._nbytes) != 0:
+                raise SystemExit("DeepSpeed refused a transfer")
+
+    @staticmethod
+    def _wait(handle: Any, count: int) -> None:
+        if handle.wait() != count:
+            raise SystemExit("DeepSpeed ended another number of transfers than were started")
+
+    def _move_groups(self, meter: Meter, reading: bool, handles: list[Any]) -> None:
+        position = 0
+        in_flight: deque[tuple[Any, list[torch.Tensor]]] = deque()
+
+        def start(handle: Any, tensors: list[torch.Tensor]) -> None:
+            nonlocal position
+            self._start(handle.async_pread if reading else handle.async_pwrite, tensors, position)
+            position += GROUP
+            in_flight.append((handle, tensors))
+
+        for handle, tensors in zip(handles, self._sets, strict=False):
+            start(handle, tensors)
+        running = True
+        while in_flight:
+            handle, tensors = in_flight.popleft()
+            self._wait(handle, GROUP)
+            self._read += reading * GROUP * self._nbytes
+            self._written += (not reading) * GROUP * self._nbytes
+            running = running and meter.running()
+            if running:
+                start(handle, tensors)
+
+    def _swap_units(self, meter: Meter, reader: Any, writer: Any) -> None:
+        self._start(reader.async_pread, self._sets[0], 0)
+        unit, writing, running = 0, False, True
+        while running:
+            self._wait(reader, GROUP)
+            self._read += GROUP * self._nbytes
+            self._start(reader.async_pread, self._sets[(unit + 1) % SETS], (unit + 1) * GROUP)
+            if writing:
+                self._wait(writer, WRITTEN)
+                self._written += WRITTEN * self._nbytes
+            running = meter.running()
+            self._start(writer.async_pwrite, self._sets[unit % SETS][:WRITTEN], unit * GROUP)
+            unit, writing = unit + 1, True
+        self._wait(reader, GROUP)
+        self._wait(writer, WRITTEN)
+
+
+def _prepare(settings: Json) -> tuple[Json, Measure, Callable[[], None]]:
+    load = AioLoad(settings["folder"], settings["size"])
+    version = importlib.import_module("deepspeed").__version__
+    return {"version": version}, load.measure, lambda: None
+
+
+if __name__ == "__main__":
+    serve(_prepare)

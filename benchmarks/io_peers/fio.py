@@ -1,0 +1,99 @@
+"""fio on a file of its own: preallocated, written before it is read, O_DIRECT, sequential."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from io_peers.measurement import MIB, RAMP_SECONDS, Measurement
+
+# Reads in the mix, in percent: an update reads four operands and writes three.
+MIX_READ_PERCENT = 57
+_SHAPES = ((MIB, 16), (MIB, 32), (4 * MIB, 4))
+_ENGINES = {
+    "libaio": ["--ioengine=libaio"],
+    "io_uring": ["--ioengine=io_uring"],
+    "io_uring, fixed": ["--ioengine=io_uring", "--fixedbufs=1", "--registerfiles=1"],
+}
+# Huge pages by reservation, by madvise (a setting of glibc's malloc), and none.
+_MEMORY = {"huge pages": "mmaphuge", "transparent huge pages": "malloc", "small pages": "malloc"}
+
+
+class FioError(Exception):
+    """fio refused a job or failed in it."""
+
+
+@dataclass(frozen=True)
+class FioConfig:
+    """One way to run fio."""
+
+    engine: str
+    block_bytes: int
+    depth: int
+    memory: str
+
+    def __str__(self) -> str:
+        return f"{self.engine}, {self.block_bytes // MIB} MiB x {self.depth}, {self.memory}"
+
+
+def candidates(huge_pages: bool) -> list[FioConfig]:
+    """What fio's best is looked for among; small pages with the first shape only."""
+    memory = "huge pages" if huge_pages else "transparent huge pages"
+    large = [FioConfig(e, block, depth, memory) for e in _ENGINES for block, depth in _SHAPES]
+    return large + [FioConfig(e, *_SHAPES[0], "small pages") for e in _ENGINES]
+
+
+class Fio:
+    """fio and its file in `folder`. Raises FioError where it is not installed or cannot write."""
+
+    def __init__(self, folder: str, size: int) -> None:
+        program = shutil.which("fio")
+        if program is None:
+            raise FioError("fio is not installed")
+        self._command = [program, "--name=peer", f"--filename={Path(folder) / 'fio'}"]
+        self._command += [f"--size={size}", "--direct=1", "--output-format=json"]
+        layout = ["--rw=write", "--bs=4M", "--iodepth=4", "--ioengine=libaio"]
+        self._run([*layout, "--fallocate=native"], "small pages")
+
+    def measure(self, workload: str, seconds: float, config: FioConfig) -> Measurement:
+        """Runs `workload` for `seconds` after a ramp. Raises FioError."""
+        how = ["--rw=" + {"read": "read", "write": "write", "mix": "rw"}[workload]]
+        if workload == "mix":
+            how.append(f"--rwmixread={MIX_READ_PERCENT}")
+        how += _ENGINES[config.engine]
+        how += [f"--bs={config.block_bytes}", f"--iodepth={config.depth}"]
+        how += [f"--mem={_MEMORY[config.memory]}", "--fallocate=none", "--overwrite=1"]
+        how += ["--time_based", f"--runtime={round(1000 * seconds)}ms"]
+        how += [f"--ramp_time={round(1000 * RAMP_SECONDS)}ms"]
+        # What costs fio CPU time and is not I/O: statistics, and changing what it writes.
+        how += ["--gtod_reduce=1", "--scramble_buffers=0"]
+        return self._run(how, config.memory)
+
+    def _run(self, how: list[str], memory: str) -> Measurement:
+        tunable = f"glibc.malloc.hugetlb={int(memory == 'transparent huge pages')}"
+        run = subprocess.run(
+            [*self._command, *how],
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**os.environ, "GLIBC_TUNABLES": tunable},
+        )
+        start = run.stdout.find("{")  # warnings may come before it
+        if run.returncode != 0 or start < 0:
+            said = (run.stderr + run.stdout[: max(start, 0)]).strip()
+            raise FioError(f"fio {' '.join(how)} ended with {run.returncode}: {said}")
+        job = json.loads(run.stdout[start:])["jobs"][0]
+        if job["error"] != 0:
+            raise FioError(f"fio {' '.join(how)}: {os.strerror(job['error'])}")
+        seconds = job["job_runtime"] / 1000
+        return Measurement(
+            seconds,
+            job["read"]["io_bytes"],
+            job["write"]["io_bytes"],
+            job["usr_cpu"] / 100 * seconds,
+            job["sys_cpu"] / 100 * seconds,
+        )

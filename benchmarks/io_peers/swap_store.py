@@ -1,0 +1,122 @@
+"""The swap store under load: reads, writes, and the optimizer pipeline's mix of both.
+
+Objects of equal size fill the store; four of them are a unit: parameters, gradients, two moments.
+Reads and writes go through whole objects in turn, LEASES of them in flight. The mix is a real
+optimizer update of unit after unit: per chunk four reads, and three writes into other slots.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Callable
+
+import torch
+
+from io_peers.measurement import MIB, Measurement, Meter, Progress
+from io_peers.worker import Json, Measure, serve
+from offload import _native
+from offload.optim.aten_rounding import aten_rounding
+
+OBJECTS = 64
+LEASES = 3
+JOBS = 2
+STAGING_SETS = 8
+
+
+def open_store(folder: str) -> _native.SwapStore:
+    """The store as it is in use: checksums on, the engine its own choice."""
+    return _native.SwapStore(folder)
+
+
+class StoreLoad:
+    """A store full of written objects; measure() loads it."""
+
+    def __init__(self, folder: str, size: int) -> None:
+        self.store = open_store(folder)
+        if self.store.in_memory or not self.store.direct:
+            raise SystemExit(f"{folder}: no O_DIRECT there: {self.store.note}")
+        self.nbytes = size // OBJECTS
+        staging = STAGING_SETS * _native.UpdatePipeline.staging_set_bytes()
+        self.arena = _native.HostArena(LEASES * self.nbytes + staging + MIB)
+        self.leases = [self.arena.allocate(self.nbytes) for _ in range(LEASES)]
+        spare = max(LEASES * self.store.footprint(self.nbytes), staging)
+        self.store.reserve(OBJECTS * self.store.footprint(self.nbytes), spare)
+        self.objects = [self.store.create(self.nbytes) for _ in range(OBJECTS)]
+        self.pipeline = _native.UpdatePipeline(self.store, self.arena, STAGING_SETS, 1)
+        generator = torch.Generator().manual_seed(0)
+        for lease in self.leases:
+            torch.rand(
+                self.nbytes // 4,
+                generator=generator,
+                out=torch.frombuffer(lease, dtype=torch.float32)[: self.nbytes // 4],
+            )
+        for number, item in enumerate(self.objects):
+            self.store.write(item, self.leases[number % LEASES], self.nbytes).wait()
+
+    def measure(self, request: Json) -> Measurement:
+        """One measurement of request["workload"]."""
+        meter = Meter(request["seconds"], self._progress)
+        if request["workload"] == "mix":
+            self._update_units(meter)
+        else:
+            transfer = self.store.read if request["workload"] == "read" else self.store.write
+            self._move_objects(meter, transfer)
+        if self.store.stats()["failed"] > 0:
+            raise SystemExit("requests of the swap store failed")
+        return meter.result()
+
+    def close(self) -> None:
+        """Ends the pipeline's threads and the store's."""
+        self.pipeline.close()
+        self.store.close()
+
+    def _progress(self) -> Progress:
+        stats = self.store.stats()
+        computing = self.pipeline.stats()["update_seconds"]
+        return Progress(stats["bytes_read"], stats["bytes_written"], computing)
+
+    def _move_objects(
+        self, meter: Meter, transfer: Callable[[int, _native.Lease, int], _native.Transfer]
+    ) -> None:
+        objects = itertools.cycle(self.objects)
+        in_flight = deque(
+            (lease, transfer(next(objects), lease, self.nbytes)) for lease in self.leases
+        )
+        running = True
+        while in_flight:
+            lease, oldest = in_flight.popleft()
+            oldest.wait()
+            running = running and meter.running()
+            if running:
+                in_flight.append((lease, transfer(next(objects), lease, self.nbytes)))
+
+    def _update_units(self, meter: Meter) -> None:
+        units = itertools.cycle(range(0, OBJECTS, 4))
+        in_flight = deque(self._submit_unit(next(units)) for _ in range(JOBS))
+        running = True
+        while in_flight:
+            in_flight.popleft().wait()
+            running = running and meter.running()
+            if running:
+                in_flight.append(self._submit_unit(next(units)))
+
+    def _submit_unit(self, first: int) -> _native.Transfer:
+        hyper = _native.AdamWHyper(1e-3, 0.9, 0.999, 1e-8, 0.0, 10.0, False, aten_rounding())
+        param, grad, exp_avg, exp_avg_sq = (
+            _native.UpdateOperand.on_disk(item, self.nbytes)
+            for item in self.objects[first : first + 4]
+        )
+        numel = self.nbytes // 4
+        segments = [_native.UpdateSegment(0, numel, hyper, [])]
+        return self.pipeline.submit(numel, param, grad, exp_avg, exp_avg_sq, segments)
+
+
+def _prepare(settings: Json) -> tuple[Json, Measure, Callable[[], None]]:
+    load = StoreLoad(settings["folder"], settings["size"])
+    about = {"config": f"{load.store.engine}, checksums", "why": load.store.engine_reason}
+    return about, load.measure, load.close
+
+
+if __name__ == "__main__":
+    serve(_prepare)
