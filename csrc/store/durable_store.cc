@@ -16,9 +16,11 @@
 //  3. all other slots are free.
 #include <algorithm>
 #include <cerrno>
+#include <chrono>
 #include <cstddef>
 #include <cstring>
 #include <memory>
+#include <thread>
 #include <utility>
 
 #include "base/align.h"
@@ -29,6 +31,10 @@
 
 namespace offload {
 namespace {
+
+// For the last transfers of a killed process.
+constexpr auto kPatience = std::chrono::seconds(60);
+constexpr auto kPause = std::chrono::milliseconds(2);
 
 // The first page of the first slot of a data file.
 struct FileLabel {
@@ -100,6 +106,22 @@ Result<SwapFile> create_data_file(const Directory& dir, const std::string& name)
   return file;
 }
 
+// The data file of a store whose journal this process has locked. Whoever had it is gone, but what
+// a killed process had under way may not have ended: the kernel keeps the file, and its lock, until
+// then, and no slot may be written before.
+Result<SwapFile> reopen_data_file(const Directory& dir, const std::string& name) {
+  const auto until = std::chrono::steady_clock::now() + kPatience;
+  for (;;) {
+    Result<SwapFile> file =
+        offload::open_durable(dir, name, DurableOpen::kExisting, DurableIo::kDirect);
+    if (file.is_ok() || file.status().os_errno() != EWOULDBLOCK ||
+        std::chrono::steady_clock::now() > until) {
+      return file;
+    }
+    std::this_thread::sleep_for(kPause);
+  }
+}
+
 }  // namespace
 
 struct SwapStore::Commit {
@@ -166,8 +188,7 @@ Status SwapStore::reopen_durable(const SwapStoreOptions& options, const std::str
   for (std::size_t i = 0; i < options.dirs.size(); ++i) {
     Result<Directory> dir = open_directory(options.dirs[i].path);
     if (!dir.is_ok()) return dir.status();
-    Result<SwapFile> file = offload::open_durable(dir.value(), data_name(name, i),
-                                                  DurableOpen::kExisting, DurableIo::kDirect);
+    Result<SwapFile> file = reopen_data_file(dir.value(), data_name(name, i));
     if (!file.is_ok()) return file.status();
     FileLabel label;
     label.index = static_cast<std::uint32_t>(i);
