@@ -105,6 +105,9 @@ class Policy:
             "threads".
         queue_depth: I/O requests in flight at the most, in each swap directory.
         io_block_bytes: bytes of one I/O request, a power of two from 64 KiB to 16 MiB.
+        calibrate_disk: measure the rates of each swap directory's disk, for about two seconds, the
+            first time it is used (the result is kept in ``~/.cache/offload``). False: directories
+            share evenly, and reads and writes are always mixed.
         encrypt_swap: encrypt what is written to disk (AES-256-XTS), with a key that is only in
             memory.
         lazy_step: let ``offload.AdamW.step()`` return at once, the update of each unit being done
@@ -121,6 +124,7 @@ class Policy:
     io_engine: str = "auto"
     queue_depth: int = 16
     io_block_bytes: int | str = 2**20
+    calibrate_disk: bool = True
     encrypt_swap: bool = False
     lazy_step: bool = True
     debug: bool = False

@@ -7,23 +7,32 @@ from collections.abc import Sequence
 
 from offload import _native
 from offload.errors import OffloadError, SwapSpaceError
-from offload.planner import DiskSpec, UnitSpec, place
+from offload.planner import DiskSpec, UnitSpec, place, smallest_budget
 from offload.policy import Policy
 from offload.tiers.context import RuntimeContext
+from offload.tiers.disk_profile import DiskProfile, disk_profile
 from offload.tiers.mover import Mover
+
+_PHASE_BYTES = 32 << 20
+"""Read or written at a time on a disk that does not take a mix well: long enough that a change of
+direction costs little, short enough that a fetch does not wait long for its turn."""
 
 
 class Resources:
     """Chosen before anything is allocated; ``open`` allocates, all or nothing."""
 
     def __init__(self, policy: Policy, specs: Sequence[UnitSpec]) -> None:
-        """Make the plan.
+        """Measure the disks where something must be spilled and make the plan.
 
         Raises:
             BudgetError: the smallest host budget that would do is larger than the policy's.
             SwapIOError: a swap directory cannot be used.
         """
         self.policy = policy
+        self.profiles: tuple[DiskProfile, ...] = ()
+        must_spill = policy.budget.host_bytes < smallest_budget(specs, None)
+        if policy.swap_dirs and policy.calibrate_disk and must_spill:
+            self.profiles = tuple(disk_profile(folder) for folder in policy.swap_dirs)
         self.plan = place(specs, policy.budget.host_bytes, self._disk_spec())
 
     def _disk_spec(self) -> DiskSpec | None:
@@ -35,7 +44,15 @@ class Resources:
             store_bytes = _native.SwapStore.bounce_bytes_for(
                 len(policy.swap_dirs), policy.queue_depth, policy.block_bytes
             )
-        return DiskSpec(policy.block_bytes, store_bytes)
+        if not self._measured:
+            return DiskSpec(policy.block_bytes, store_bytes)
+        reads = sum(p.read_bps for p in self.profiles)
+        writes = sum(p.write_bps for p in self.profiles)
+        return DiskSpec(policy.block_bytes, store_bytes, reads / writes)
+
+    @property
+    def _measured(self) -> bool:
+        return bool(self.profiles) and all(p.measured for p in self.profiles)
 
     def open(self) -> RuntimeContext:
         """Return the context in which the plan is carried out.
@@ -61,6 +78,8 @@ class Resources:
             policy.io_engine,
             policy.queue_depth,
             block_bytes=policy.block_bytes,
+            rates=[p.turns_bps for p in self.profiles] if self._measured else [],
+            phase_bytes=[_PHASE_BYTES if p.phases else 0 for p in self.profiles],
             encrypt=policy.encrypt_swap,
         )
 
@@ -101,4 +120,5 @@ class Resources:
         notes = [f"I/O engine: {store.engine} ({store.engine_reason})"]
         if store.encrypted:
             notes.append("swap is encrypted (AES-256-XTS, key in memory only)")
+        notes += [p.note for p in self.profiles if p.note]
         return (*notes, store.note) if store.note else tuple(notes)
