@@ -1,9 +1,9 @@
 """The swap store against fio and DeepSpeed's async_io: bytes per second and CPU time per byte.
 
-Reads, writes and the optimizer pipeline's mix of both, each contestant on 4 GiB of its own on the
-same disk, all O_DIRECT, taking turns in an order that rotates. fio runs as fast as it can be made
-to: engine, block size, depth and buffers are chosen by trial before each comparison, and so are the
-settings of DeepSpeed's handle.
+Reads, writes and the optimizer pipeline's mix of both, all contestants on the same 4 GiB (the store's
+unnamed file), all O_DIRECT, taking turns in an order that rotates. fio runs as fast as it can be
+made to: engine, block size, depth and buffers are chosen by trial before each comparison, and so are
+the settings of DeepSpeed's handle.
 
     python benchmarks/io.py                       # about 8 minutes
     python benchmarks/io.py --only read --swap-dir /mnt/nvme
@@ -64,7 +64,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--only", choices=WORKLOADS, help="one of the comparisons")
     add("--rounds", type=int, default=11, help="turns of each contestant")
     add("--seconds", type=float, default=2.0, help="length of a measurement")
-    add("--size", type=int, default=4096, metavar="MIB", help="of each contestant's file")
+    add("--size", type=int, default=4096, metavar="MIB", help="of the file")
     add("--swap-dir", metavar="PATH", default=tempfile.gettempdir())
     add("--peer-venv", metavar="PATH", help="virtual environment with DeepSpeed")
     options = parser.parse_args()
@@ -227,11 +227,15 @@ def main() -> int:
             log = Path(folder) / f"{module}.log"
             return stack.enter_context(Worker(python, module, log, settings, env))
 
+        ours = start(sys.executable, "io_peers.swap_store", {})
+        # Everyone on one file: how fast a disk is depends on where on it one is.
+        settings["file"] = ours.about["file"]
+        contestants = [swap_store(ours)]
         try:
-            contestants = [fio(Fio(folder, options.size * MIB), huge_pages, options.quick)]
+            peer_fio = Fio(settings["file"], options.size * MIB)
         except FioError as error:
             raise SystemExit(f"there is nothing to compare with: {error}") from None
-        contestants.insert(0, swap_store(start(sys.executable, "io_peers.swap_store", {})))
+        contestants.append(fio(peer_fio, huge_pages, options.quick))
         if peer is not None:
             print("deepspeed: loading async_io; the first time compiles it", flush=True)
             worker = start(peer[0], "io_peers.deepspeed_aio", peer[1])

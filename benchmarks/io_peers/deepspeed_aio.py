@@ -1,4 +1,4 @@
-"""DeepSpeed's async_io handle under the same load, on one file, as its optimizer swapper drives it.
+"""DeepSpeed's async_io handle under the same load and on the same file, as its swapper drives it.
 
 Runs in the Python that DeepSpeed is installed in. Groups of four tensors move through pinned
 buffers of the handle. Reads or writes alone go through one handle, or through two in turn, so that
@@ -9,10 +9,8 @@ the next unit's four tensors while another writes three of the previous one's.
 from __future__ import annotations
 
 import importlib
-import os
 from collections import deque
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,12 +25,12 @@ WRITTEN = 3
 
 
 class AioLoad:
-    """A file written by DeepSpeed; measure() loads it."""
+    """The first `size` bytes of `file`, written by DeepSpeed; measure() loads them."""
 
-    def __init__(self, folder: str, size: int) -> None:
+    def __init__(self, file: str, size: int) -> None:
         builder = importlib.import_module("deepspeed.ops.op_builder").AsyncIOBuilder()
         self._aio = builder.load(verbose=False)
-        self._path = str(Path(folder) / "deepspeed")
+        self._path = file
         self._nbytes = size // TENSORS
         self._handles: dict[tuple[bool, int], list[Any]] = {}
         self._read = 0
@@ -44,11 +42,6 @@ class AioLoad:
         ]
         for tensor in self._sets[0]:
             tensor.copy_(torch.rand(tensor.numel()))
-        file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            os.posix_fallocate(file, 0, size)
-        finally:
-            os.close(file)
         for start in range(0, TENSORS, GROUP):
             self._start(first.async_pwrite, self._sets[0], start)
             self._wait(first, GROUP)
@@ -129,7 +122,7 @@ class AioLoad:
 
 
 def _prepare(settings: Json) -> tuple[Json, Measure, Callable[[], None]]:
-    load = AioLoad(settings["folder"], settings["size"])
+    load = AioLoad(settings["file"], settings["size"])
     version = importlib.import_module("deepspeed").__version__
     return {"version": version}, load.measure, lambda: None
 

@@ -1,4 +1,4 @@
-"""fio on a file of its own: preallocated, written before it is read, O_DIRECT, sequential."""
+"""fio on a file that is there and written throughout, O_DIRECT, sequential."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 from dataclasses import dataclass
-from pathlib import Path
 
 from io_peers.measurement import MIB, RAMP_SECONDS, Measurement
 
@@ -48,16 +47,14 @@ def candidates(huge_pages: bool) -> list[FioConfig]:
 
 
 class Fio:
-    """fio and its file in `folder`. Raises FioError where it is not installed or cannot write."""
+    """fio on the first `size` bytes of `file`. Raises FioError where it is not installed."""
 
-    def __init__(self, folder: str, size: int) -> None:
+    def __init__(self, file: str, size: int) -> None:
         program = shutil.which("fio")
         if program is None:
             raise FioError("fio is not installed")
-        self._command = [program, "--name=peer", f"--filename={Path(folder) / 'fio'}"]
+        self._command = [program, "--name=peer", f"--filename={file}"]
         self._command += [f"--size={size}", "--direct=1", "--output-format=json"]
-        layout = ["--rw=write", "--bs=4M", "--iodepth=4", "--ioengine=libaio"]
-        self._run([*layout, "--fallocate=native"], "small pages")
 
     def measure(self, workload: str, seconds: float, config: FioConfig) -> Measurement:
         """Runs `workload` for `seconds` after a ramp. Raises FioError."""

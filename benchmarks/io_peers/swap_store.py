@@ -8,8 +8,10 @@ optimizer update of unit after unit: per chunk four reads, and three writes into
 from __future__ import annotations
 
 import itertools
+import os
 from collections import deque
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -33,12 +35,14 @@ class StoreLoad:
     """A store full of written objects; measure() loads it."""
 
     def __init__(self, folder: str, size: int) -> None:
+        self.folder = Path(folder).resolve()
         self.store = open_store(folder)
         if self.store.in_memory or not self.store.direct:
             raise SystemExit(f"{folder}: no O_DIRECT there: {self.store.note}")
         self.nbytes = size // OBJECTS
         staging = STAGING_SETS * _native.UpdatePipeline.staging_set_bytes()
         self.arena = _native.HostArena(LEASES * self.nbytes + staging + MIB)
+        self.store.add_memory(self.arena)
         self.leases = [self.arena.allocate(self.nbytes) for _ in range(LEASES)]
         spare = max(LEASES * self.store.footprint(self.nbytes), staging)
         self.store.reserve(OBJECTS * self.store.footprint(self.nbytes), spare)
@@ -51,11 +55,26 @@ class StoreLoad:
                 generator=generator,
                 out=torch.frombuffer(lease, dtype=torch.float32)[: self.nbytes // 4],
             )
+        self._write_all()
+
+    def _write_all(self) -> None:
         for number, item in enumerate(self.objects):
             self.store.write(item, self.leases[number % LEASES], self.nbytes).wait()
 
+    def file(self) -> str:
+        """A path of the unnamed swap file, for as long as this process lives."""
+        for link in Path("/proc/self/fd").iterdir():
+            try:
+                target = link.readlink()
+            except FileNotFoundError:  # the descriptor that iterdir() itself used
+                continue
+            if target.is_relative_to(self.folder) and str(target).endswith("(deleted)"):
+                return f"/proc/{os.getpid()}/fd/{link.name}"
+        raise SystemExit(f"{self.folder}: the swap file has a name")
+
     def measure(self, request: Json) -> Measurement:
-        """One measurement of request["workload"]."""
+        """One measurement of request["workload"], on objects that the peers have overwritten."""
+        self._write_all()
         meter = Meter(request["seconds"], self._progress)
         if request["workload"] == "mix":
             self._update_units(meter)
@@ -114,7 +133,11 @@ class StoreLoad:
 
 def _prepare(settings: Json) -> tuple[Json, Measure, Callable[[], None]]:
     load = StoreLoad(settings["folder"], settings["size"])
-    about = {"config": f"{load.store.engine}, checksums", "why": load.store.engine_reason}
+    about = {
+        "config": f"{load.store.engine}, checksums",
+        "why": load.store.engine_reason,
+        "file": load.file(),
+    }
     return about, load.measure, load.close
 
 

@@ -21,10 +21,11 @@ namespace offload {
 // The process that constructed it. Thread-safe.
 class OwnerProcess {
  public:
+  OwnerProcess() : pid_(::getpid()) {}
   bool is_current() const { return ::getpid() == pid_; }
 
  private:
-  const pid_t pid_ = ::getpid();
+  pid_t pid_;
 };
 
 // What `op` answers in a forked child.

@@ -2,16 +2,20 @@
 
 The cache is ``disks.json`` in ``$XDG_CACHE_HOME/offload`` (``~/.cache/offload``). It only saves
 time: when it cannot be read or written the disk is measured again, and the profile's note says why.
+Of several processes that start at once, one measures and the others wait for what it finds.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
+import math
 import os
+import re
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +26,10 @@ from offload.errors import BudgetError, SwapSpaceError
 MAX_AGE_SECONDS = 30 * 24 * 3600
 """Disks age and fill up: an older measurement is made again."""
 
+LOCK_SECONDS = 60.0
+"""How long to wait for another process that measures, before measuring beside it."""
+
+_MOUNTS = Path("/proc/self/mountinfo")
 _VERSION = 1
 _IDENTITY_FILES = ("device/model", "device/serial", "device/wwid", "serial", "wwid", "dm/uuid")
 
@@ -66,9 +74,17 @@ def disk_profile(
         device = device_identity(folder)
     except OSError:
         device = ""  # measuring it says what is wrong with the folder
-    cached, complaint = _load(device)
+    cached, _ = _load(device)
     if cached is not None:
         return cached
+    with _alone():
+        cached, complaint = _load(device)  # of whoever measured while this process waited
+        return cached or _measured(folder, device, measure, complaint)
+
+
+def _measured(
+    folder: str, device: str, measure: Callable[[str], dict[str, Any]], complaint: str
+) -> DiskProfile:
     try:
         found = measure(folder)
     except (SwapSpaceError, BudgetError) as error:
@@ -85,12 +101,14 @@ def disk_profile(
 def device_identity(folder: str) -> str:
     """Return a name that is the same for every folder of one filesystem on one device.
 
+    It is the device's number, the filesystem's type and source, and what the device says of itself.
+
     Raises:
         OSError: the folder does not exist.
     """
     number = Path(folder).stat().st_dev
     device = f"{os.major(number)}:{os.minor(number)}"
-    parts = [device]
+    parts = [device, _filesystem(Path(folder).resolve())]
     block = Path("/sys/dev/block") / device
     for base in (block, block / ".."):  # a partition's disk has the serial number
         for name in _IDENTITY_FILES:
@@ -99,9 +117,58 @@ def device_identity(folder: str) -> str:
     return " ".join(dict.fromkeys(part for part in parts if part))
 
 
+def _filesystem(folder: Path) -> str:
+    """Return "type source" of the filesystem that `folder` is on, "" when that is not to be had.
+
+    The number of a network's or a stacked filesystem is given anew at each mount: this is not.
+    """
+    found, depth = "", 0
+    with suppress(OSError), _MOUNTS.open(errors="surrogateescape") as mounts:
+        for line in mounts:
+            mount, _, rest = line.partition(" - ")
+            point = re.sub(r"\\([0-7]{3})", lambda m: chr(int(m[1], 8)), mount.split(" ")[4])
+            if len(Path(point).parts) >= depth and folder.is_relative_to(point):
+                found, depth = " ".join(rest.split(" ")[:2]), len(Path(point).parts)
+    return found
+
+
 def _cache_path() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(base) / "offload" / "disks.json"
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if not base.is_absolute():  # to be ignored, says the specification
+        base = Path.home() / ".cache"
+    return base / "offload" / "disks.json"
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Keep other processes from measuring meanwhile: each would find its share of the disk.
+
+    Where there is no place for a lock, or it is held for too long, go on without.
+    """
+    try:
+        path = _cache_path().with_suffix(".lock")
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    except (OSError, RuntimeError):
+        yield
+        return
+    try:
+        deadline = time.monotonic() + LOCK_SECONDS
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() < deadline:
+                    time.sleep(0.02)
+                    continue
+            except OSError:
+                pass  # a filesystem without locks
+            break
+        yield
+    finally:
+        with suppress(OSError):  # also for a forked child, which has the descriptor too
+            fcntl.flock(lock, fcntl.LOCK_UN)
+        os.close(lock)
 
 
 def _read_cache() -> dict[str, Any]:
@@ -122,7 +189,8 @@ def _load(device: str) -> tuple[DiskProfile | None, str]:
         if entry is None or not 0 <= time.time() - entry["time"] < MAX_AGE_SECONDS:
             return None, ""
         profile = DiskProfile(**entry["profile"])
-        if not (profile.measured and min(profile.read_bps, profile.write_bps) > 0):
+        rates = (profile.read_bps, profile.write_bps, profile.mixed_bps)
+        if not (profile.measured and all(math.isfinite(r) and r > 0 for r in rates)):
             raise ValueError("its rates are not above 0")
         return profile, ""
     except FileNotFoundError:

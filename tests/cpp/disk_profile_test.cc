@@ -76,7 +76,7 @@ class ModelEngine final : public IoEngine {
       const auto service = std::chrono::duration_cast<Clock::duration>(
           std::chrono::duration<double>(seconds(*request)));
       lock.unlock();
-      constexpr std::chrono::milliseconds kMostLag{20};
+      constexpr std::chrono::milliseconds kMostLag{200};
       free_at = std::max(free_at, Clock::now() - kMostLag) + service;
       std::this_thread::sleep_until(free_at);
       lock.lock();
@@ -176,7 +176,7 @@ TEST_CASE_TEMPLATE("measure_disk measures a real disk", Factory, OFFLOAD_ENGINES
     CHECK(!profile.reason.empty());
     return;
   }
-  MESSAGE(engine->name(), ": read ", profile.read_bps / 1e9, " GB/s, write ",
+  MESSAGE(std::string(engine->name()), ": read ", profile.read_bps / 1e9, " GB/s, write ",
           profile.write_bps / 1e9, ", mixed ", profile.mixed_bps / 1e9, ", in turns ",
           profile.turns_bps() / 1e9);
   CHECK(profile.read_bps > 0);

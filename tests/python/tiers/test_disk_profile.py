@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
+import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +58,7 @@ def test_measured_once_per_device(cache: Path, measure: Measure, tmp_path: Path)
         disk_profile("/dev/shm", measure)
         assert measure.calls == 2
         assert len(json.loads(cache.read_text())["disks"]) == 2
-    assert list(cache.parent.iterdir()) == [cache]
+    assert sorted(cache.parent.iterdir()) == [cache, cache.with_suffix(".lock")]
 
 
 def test_measured_again_when_old(cache: Path, measure: Measure, tmp_path: Path) -> None:
@@ -82,6 +86,8 @@ def test_measured_again_when_old(cache: Path, measure: Measure, tmp_path: Path) 
         "DEVICE:{}",
         'DEVICE:{"time": NOW, "profile": {"measured": true, "read_bps": 0}}',
         'DEVICE:{"time": NOW, "profile": {"surprise": 1}}',
+        'DEVICE:{"time": NOW, "profile": {"measured": true, "read_bps": 1, "write_bps": NaN}}',
+        'DEVICE:{"time": NOW, "profile": {"measured": true, "read_bps": "1", "write_bps": 1}}',
     ],
 )
 def test_a_broken_cache_only_costs_time(
@@ -108,6 +114,61 @@ def test_a_cache_that_cannot_be_written(
     profile = disk_profile(str(tmp_path), measure)
     assert profile.measured
     assert "was not written" in profile.note
+
+
+def test_processes_that_start_at_once_measure_once(cache: Path, tmp_path: Path) -> None:
+    calls = []
+
+    def slow(folder: str) -> dict[str, Any]:
+        calls.append(folder)
+        time.sleep(0.3)
+        return {"measured": True, "reason": "", **RATES}
+
+    # Each thread has a lock of its own, as a process would.
+    with ThreadPoolExecutor(4) as pool:
+        profiles = list(pool.map(lambda _: disk_profile(str(tmp_path), slow), range(4)))
+    assert len(calls) == 1
+    assert profiles == [DiskProfile(True, 3e9, 1e9, 2e9, False)] * 4
+
+
+def test_a_lock_that_is_held_for_too_long(
+    cache: Path, measure: Measure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "LOCK_SECONDS", 0.1)
+    cache.parent.mkdir(parents=True)
+    with cache.with_suffix(".lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert disk_profile(str(tmp_path), measure).measured
+    assert measure.calls == 1
+
+
+def test_without_a_home(measure: Measure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative/paths/are/ignored")
+    monkeypatch.setattr(Path, "home", no_home)
+    monkeypatch.chdir(tmp_path)
+    for calls in (1, 2):
+        profile = disk_profile(str(tmp_path), measure)
+        assert profile.measured
+        assert "was not written" in profile.note
+        assert measure.calls == calls
+    assert not list(tmp_path.iterdir())
+
+
+def test_identity_names_the_filesystem(tmp_path: Path) -> None:
+    number = tmp_path.stat().st_dev
+    identity = device_identity(str(tmp_path))
+    assert identity.startswith(f"{os.major(number)}:{os.minor(number)} ")
+    kind = subprocess.run(
+        ["stat", "-f", "-c", "%T", tmp_path], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    # stat(1) calls all three ext filesystems alike.
+    assert identity.split(" ")[1] in (kind, *("ext2", "ext3", "ext4")[: 3 * ("ext" in kind)])
+    assert device_identity("/proc").split(" ")[1] == "proc"
+    with pytest.raises(FileNotFoundError):
+        device_identity(str(tmp_path / "missing"))
 
 
 def test_what_cannot_be_measured(cache: Path, tmp_path: Path) -> None:
