@@ -25,7 +25,7 @@
 namespace offload {
 namespace {
 
-constexpr int kOperations = 20'000;
+constexpr int kOperations = 100'000;
 constexpr std::size_t kInFlight = 12;
 constexpr std::uint64_t kMaxBlocks = 3;
 constexpr std::uint64_t kObjectBlocks = 64;
