@@ -41,6 +41,8 @@ Status Status::from_errno(int err, const char* op, std::string path, std::int64_
   status.path_ = std::move(path);
   status.offset_ = offset;
   status.message_ = std::generic_category().message(err) + " (errno " + std::to_string(err) + ")";
+  if (err == ENFILE) status.message_ += "; raise the system's limit on open files (fs.file-max)";
+  if (err == EMFILE) status.message_ += "; raise the limit on open files (ulimit -n)";
   return status;
 }
 

@@ -30,8 +30,13 @@ Status open_ring(unsigned entries, io_uring& ring) {
 
   Status status;
   io_uring_probe* probe = io_uring_get_probe_ring(&ring);
-  if (probe == nullptr || io_uring_opcode_supported(probe, IORING_OP_READ) == 0 ||
-      io_uring_opcode_supported(probe, IORING_OP_WRITE) == 0) {
+  // A filter may refuse io_uring_register, and so the probe; Linux 5.6 brought the feature with the
+  // operations.
+  const bool has_operations = probe == nullptr
+                                  ? (ring.features & IORING_FEAT_RW_CUR_POS) != 0
+                                  : io_uring_opcode_supported(probe, IORING_OP_READ) != 0 &&
+                                        io_uring_opcode_supported(probe, IORING_OP_WRITE) != 0;
+  if (!has_operations) {
     status = Status::error(Code::kUnsupported, "io_uring of this kernel lacks READ and WRITE");
   } else if ((ring.features & IORING_FEAT_NODROP) == 0) {
     status = Status::error(Code::kUnsupported, "io_uring of this kernel may drop completions");

@@ -266,12 +266,12 @@ class UringEngine final : public IoEngine {
     if (request == nullptr) return false;
     if (ring_.has_unsubmitted()) static_cast<void>(ring_.enter(0));  // error() keeps a failure
     ++in_flight_;
-    meter_.started();
     Status prepared = is_cancelled(*request) ? cancelled_error(*request) : request->prepare();
     if (!prepared.is_ok()) {
-      finish(request, std::move(prepared));
+      leave(request, std::move(prepared));
       return true;
     }
+    meter_.started();
     return write_entry(request);
   }
 
@@ -309,6 +309,11 @@ class UringEngine final : public IoEngine {
 
   void finish(IoRequest* request, Status status) {
     meter_.finished(status.is_ok());
+    leave(request, std::move(status));
+  }
+
+  // Gives the request's place up.
+  void leave(IoRequest* request, Status status) {
     --in_flight_;
     {
       std::lock_guard lock(mutex_);

@@ -198,7 +198,9 @@ Status Journal::close() {
   if (!file_.fd.is_open()) return Status::ok();
   const Status unlocked = unlock_file(file_);
   const Status closed = file_.fd.close(file_.path);
-  return unlocked.is_ok() ? closed : unlocked;
+  const Status left = dir_.fd.close(dir_.path);
+  if (!unlocked.is_ok()) return unlocked;
+  return closed.is_ok() ? left : closed;
 }
 
 }  // namespace offload

@@ -298,7 +298,8 @@ Status SwapStore::close() {
   };
   for (std::size_t i = 0; i < stripes_.count(); ++i) keep_first(stripes_[i].engine->close());
   for (std::size_t i = 0; i < stripes_.count(); ++i) {
-    // Explicitly: a ring that the kernel has not ended yet, and a forked child, still have the file.
+    // Explicitly: a ring that the kernel has not ended yet, and a forked child, still have the
+    // file.
     if (is_named_) keep_first(unlock_file(stripes_[i].file));
     keep_first(stripes_[i].file.fd.close(stripes_[i].file.path));
   }

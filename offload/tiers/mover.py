@@ -12,6 +12,7 @@ Protocol of memory:
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 
@@ -45,6 +46,7 @@ class Mover:
         """Waits for one background user of slabs to end; False when there is none."""
         self.stall_seconds: dict[str, float] = {}
         self.misses = 0
+        self._process = os.getpid()
         self._spillable: dict[Slab, None] = {}  # unpinned slabs with memory, oldest first
         self._pending: dict[Slab, None] = {}  # slabs with a transfer in flight
 
@@ -121,14 +123,24 @@ class Mover:
         if not slab.pinned:
             self._drop(slab)
 
+    def check_process(self) -> None:
+        """Raise OffloadError in a forked child: the threads that end transfers are not in it."""
+        if os.getpid() != self._process:
+            raise OffloadError(
+                "this is a forked child, and a wrapped model belongs to the process that wrapped "
+                "it; use it there, or start the child with spawn and wrap a model in it"
+            )
+
     def poll(self) -> None:
         """Take note of transfers that are done. Raises the error of one that failed."""
+        self.check_process()
         for slab in list(self._pending):
             if slab.pending is not None and slab.pending.done():
                 self._finish(slab)
 
     def wait(self, transfer: _native.Transfer, why: str) -> None:
         """Wait for `transfer`; the time counts as a stall for `why`."""
+        self.check_process()
         if transfer.done():
             transfer.wait()
             return

@@ -53,6 +53,7 @@ class Prefetcher:
 
     def _look_ahead(self) -> None:
         """Renew the mover's view of the future and start the reads it allows."""
+        self._mover.check_process()
         wanted: list[tuple[Unit, Slab]] = []
         next_use: dict[Slab, int] = {}
         for position, use in enumerate(self.trace.future(LOOKAHEAD)):
