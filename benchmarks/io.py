@@ -1,9 +1,9 @@
 """The swap store against fio and DeepSpeed's async_io: bytes per second and CPU time per byte.
 
 Reads, writes and the optimizer pipeline's mix of both, all contestants on the same 4 GiB (the
-store's unnamed file), all O_DIRECT, taking turns in an order that rotates. fio runs as fast as it
-can be made to: engine, block size, depth and buffers are chosen by trial before each comparison,
-and so are the settings of DeepSpeed's handle.
+store's unnamed file), all O_DIRECT, taking turns in an order that rotates. fio runs at
+the store's block size and depth (1 MiB, 16), with the engine and buffers that trials before each
+comparison found fastest; the settings of DeepSpeed's handle are chosen likewise.
 
     python benchmarks/io.py                       # about 8 minutes
     python benchmarks/io.py --only read --swap-dir /mnt/nvme

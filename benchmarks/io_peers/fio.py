@@ -12,7 +12,7 @@ from io_peers.measurement import MIB, RAMP_SECONDS, Measurement
 
 # Reads in the mix, in percent: an update reads four operands and writes three.
 MIX_READ_PERCENT = 57
-_SHAPES = ((MIB, 16), (MIB, 32), (4 * MIB, 4))
+_SHAPES = ((MIB, 16),)  # the store's own block size and depth
 _ENGINES = {
     "libaio": ["--ioengine=libaio"],
     "io_uring": ["--ioengine=io_uring"],
@@ -40,7 +40,7 @@ class FioConfig:
 
 
 def candidates(huge_pages: bool) -> list[FioConfig]:
-    """What fio's best is looked for among; small pages with the first shape only."""
+    """What fio's best is looked for among: engines and buffers, at the store's block and depth."""
     memory = "huge pages" if huge_pages else "transparent huge pages"
     large = [FioConfig(e, block, depth, memory) for e in _ENGINES for block, depth in _SHAPES]
     return large + [FioConfig(e, *_SHAPES[0], "small pages") for e in _ENGINES]

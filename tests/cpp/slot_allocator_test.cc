@@ -22,9 +22,15 @@ TEST_CASE("SlotAllocator frees a slot with its last reference") {
   CHECK(slots.free_slots() == 1);
   slots.drop_reference(0);
   CHECK(slots.free_slots() == 2);
+  CHECK(slots.take() == 2);  // the order of the file, round and round
   CHECK(slots.take() == 0);
-  slots.resize(5);
-  CHECK(slots.free_slots() == 3);
+  CHECK(slots.free_slots() == 0);
+  slots.resize(200);
+  CHECK(slots.free_slots() == 197);
+  for (std::uint64_t slot = 3; slot < 200; ++slot) CHECK(slots.take() == slot);
+  for (std::uint64_t slot = 199; slot >= 2; --slot) slots.drop_reference(slot);
+  CHECK(slots.take() == 2);
+  slots.drop_reference(2);
   slots.resize(2);
   CHECK(slots.size() == 2);
   CHECK(slots.free_slots() == 0);

@@ -245,4 +245,48 @@ TEST_CASE_TEMPLATE("A truncated file: what it held is corrupt, what is left is r
   });
 }
 
+TEST_CASE_TEMPLATE("A fault in one of two directories fails the whole transfer, in both", Engine,
+                   OFFLOAD_STORE_ENGINES) {
+  constexpr unsigned kBlocks = 8;
+  constexpr std::uint64_t kNbytes = kBlocks * kSmallBlock;
+  const TempDir first;
+  const TempDir second;
+  SwapStoreOptions options;
+  options.dirs = {{first.path()}, {second.path()}};
+  options.engine = Engine::kKind;
+  options.block_bytes = kSmallBlock;
+  auto opened = SwapStore::open(options);
+  if (!opened.is_ok()) {
+    MESSAGE("skipped: ", opened.status().to_string());
+    return;
+  }
+  SwapStore& store = *opened.value();
+  REQUIRE(store.reserve(kNbytes, kNbytes).is_ok());
+  const ObjectId object = create_object(store, kNbytes);
+  const auto former = random_bytes(kNbytes, 0);
+  const auto later = random_bytes(kNbytes, 1);
+  must_write(store, object, *former, kNbytes);
+  for (const CallKind kind : {CallKind::kWrite, CallKind::kRead}) {
+    for (unsigned bad = 0; bad < kBlocks; ++bad) {
+      CAPTURE(static_cast<int>(kind));
+      CAPTURE(bad);
+      {
+        const CallFaults faults(
+            kind, [bad](const SysCall&, unsigned n) { return CallFault{n == bad ? EIO : 0}; });
+        const Buffer back(kNbytes);
+        const Status status = kind == CallKind::kWrite
+                                  ? write_now(store, {{object, 0, later->get(), kNbytes}})
+                                  : read_now(store, {{object, 0, back.get(), kNbytes}});
+        CHECK(status.os_errno() == EIO);
+        CHECK((status.path() == first.path() || status.path() == second.path()));
+      }
+      CHECK(reads_as(store, object, *former, kNbytes));
+      CHECK(store.stats().files[0].free_slots == kBlocks / 2);
+      CHECK(store.stats().files[1].free_slots == kBlocks / 2);
+    }
+  }
+  must_write(store, object, *later, kNbytes);
+  CHECK(reads_as(store, object, *later, kNbytes));
+}
+
 }  // namespace offload
