@@ -5,8 +5,8 @@
 //  2. enter the kernel: submit and wait for a completion. A read of an eventfd is always armed in
 //     the ring; submit() writes to it when the engine sleeps with places free.
 //  3. reap every completion into its request; finished ones leave their place.
-//  4. for each finished request: start the next one, submit it, and only then complete() the
-//     finished one, so that the disk works during complete().
+//  4. start and submit requests in the places of all that finished, and only then complete() these,
+//     so that the disk works during complete().
 //  5. close: queued requests are cancelled, the loop ends when nothing is in flight and the eventfd
 //     read, which close() woke, has completed. The kernel then holds no buffer of ours.
 //  6. failure of io_uring_enter itself: see fail_all().
@@ -323,12 +323,11 @@ class UringEngine final : public IoEngine {
   }
 
   void complete_finished() {
-    // start_one() may add to the list: a request that cannot be prepared.
-    for (std::size_t i = 0; i < finished_.size(); ++i) {
-      if (ring_.error().is_ok() && start_one()) static_cast<void>(ring_.enter(0));
-      Finished finished = std::move(finished_[i]);
-      finished.request->complete(std::move(finished.status));
+    // Every free place first: complete() may take its time, over the bytes that were read.
+    while (ring_.error().is_ok() && start_one()) {
     }
+    if (ring_.error().is_ok() && ring_.has_unsubmitted()) static_cast<void>(ring_.enter(0));
+    for (Finished& finished : finished_) finished.request->complete(std::move(finished.status));
     finished_.clear();
   }
 

@@ -91,7 +91,7 @@ void run(std::chrono::milliseconds delay) {
 
     unsigned round_trips = 0;
     auto slowest = std::chrono::nanoseconds(0);
-    while (pending.calls() == 0 && Clock::now() - begin < delay / 2) {
+    while (pending.calls() == 0 && Clock::now() - begin < delay / 3) {
       const ObjectId object = devices.objects[1 + round_trips % kObjects];
       const auto bytes = random_bytes(kBlock, 100 + round_trips % 7);
       const auto since = Clock::now();

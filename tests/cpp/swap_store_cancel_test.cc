@@ -118,7 +118,7 @@ TEST_CASE_TEMPLATE("A cancelled transfer starts none of its waiting blocks", Eng
 
 TEST_CASE_TEMPLATE("Thousands of random cancels under load leave a store that agrees with a model",
                    Engine, OFFLOAD_STORE_ENGINES) {
-  constexpr unsigned kTransfers = 6000;
+  constexpr unsigned kTransfers = 4000;
   constexpr std::size_t kObjects = 24;
   constexpr std::size_t kInFlight = 12;
   constexpr std::uint64_t kMostBlocks = 3;
