@@ -116,8 +116,8 @@ class SwapStore {
 
   // Makes every write that completed before, and every create and remove, durable, as one step:
   // after any crash the store is as some commit left it. After a failed one only reopening tells
-  // which, and all later ones fail; kNoSpace for the journal is the exception, and may be tried
-  // again. kUnsupported where the store is not durable.
+  // which, and all later ones fail; kNoSpace while reserving for the journal is the exception, and
+  // may be tried again. kUnsupported where the store is not durable.
   Status commit();
 
   // [offset, offset + nbytes) of an object, and the memory it is moved from or to. `offset` is a
@@ -227,7 +227,7 @@ class SwapStore {
   const OwnerProcess owner_;
   const std::uint64_t block_bytes_;
   bool is_named_ = false;  // durable; constant once open
-  Stripes stripes_;  // its slots are guarded by mutex_
+  Stripes stripes_;        // its slots are guarded by mutex_
   std::unique_ptr<BlockCipher> cipher_;
   std::unique_ptr<BouncePool> bounce_;
   std::unique_ptr<Journal> journal_;  // guarded by commit_mutex_
