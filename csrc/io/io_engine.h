@@ -29,8 +29,8 @@
 //     and close() are refused (kInvalid), and the destructor lets go of what the child shares.
 //  9. add_memory() names memory that requests will often move to or from. The engine may keep it
 //     pinned (and its owner alive) until it is closed; requests elsewhere are served as well.
-//     Before a fork() everything is unpinned, so that children share memory instead of copying it;
-//     what transfers that go on meanwhile use (a chunk or two) may be pinned again by then.
+//     Around a fork() everything is unpinned, so that children share memory instead of copying it;
+//     only the buffers of transfers in flight stay pinned, as for any direct I/O.
 #pragma once
 
 #include <atomic>

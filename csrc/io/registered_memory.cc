@@ -53,7 +53,7 @@ int RegisteredMemory::index_of(const std::byte* data, std::size_t nbytes) {
 }
 
 bool RegisteredMemory::try_register(const Region& region, std::size_t position, Chunk& chunk) {
-  if (free_indices_.empty() || chunk.refusals > kMaxRefusals) return false;
+  if (held_ || free_indices_.empty() || chunk.refusals > kMaxRefusals) return false;
   if (chunk.refusals > 0 && ++chunk.misses < (kFirstRetry << (chunk.refusals - 1))) return false;
   chunk.misses = 0;
   const unsigned index = free_indices_.back();

@@ -34,6 +34,8 @@ class RegisteredMemory {
   // The index under which [data, data + nbytes) is registered, registering it if need be; kNone
   // where it is not.
   int index_of(const std::byte* data, std::size_t nbytes);
+  // While held, no chunk is registered that is not yet.
+  void hold(bool held) { held_ = held; }
   // Unregisters everything, for now: chunks are registered again as they are used. The kernel keeps
   // the pages of transfers in flight until these complete.
   void drop_chunks();
@@ -60,6 +62,7 @@ class RegisteredMemory {
   std::vector<Region> regions_;
   std::vector<unsigned> free_indices_;
   std::size_t registered_ = 0;
+  bool held_ = false;
   std::string note_;
 };
 

@@ -10,14 +10,11 @@
 //  5. close: queued requests are cancelled, the loop ends when nothing is in flight and the eventfd
 //     read, which close() woke, has completed. The kernel then holds no buffer of ours.
 //  6. failure of io_uring_enter itself: see fail_all().
-//  7. before a fork() of the process: registered memory is unpinned (a child would otherwise get a
-//     copy of it all); it is registered again as it is used.
+//  7. around a fork() of the process: registered memory is unpinned (a child would otherwise get a
+//     copy of it all), and registered again as it is used once the child is made.
 #include "io/uring_engine.h"
 
 #ifdef OFFLOAD_HAVE_LIBURING
-
-#include <sys/eventfd.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
@@ -35,9 +32,9 @@
 #include "io/io_scheduler.h"
 #include "io/request_progress.h"
 #include "io/ring.h"
+#include "io/wake_event.h"
 #include "sys/at_fork.h"
 #include "sys/syscall_hooks.h"
-#include "sys/unique_fd.h"
 
 namespace offload {
 namespace {
@@ -55,7 +52,7 @@ class UringEngine final : public IoEngine {
       : queue_depth_(options.queue_depth),
         files_(options.files),
         scheduler_(options.phase_bytes),
-        before_fork_([this] { unpin_memory(); }) {}
+        around_fork_([this] { unpin_memory(); }, [this] { allow_pinning(); }) {}
 
   ~UringEngine() override {
     // The owner that wants to know has called close().
@@ -64,9 +61,8 @@ class UringEngine final : public IoEngine {
 
   // Returns when the engine thread has its ring, or could not get one.
   Status start() {
-    OFFLOAD_RETURN_IF_ERROR(BeforeFork::installed());
-    wake_fd_ = UniqueFd(::eventfd(0, EFD_CLOEXEC));
-    if (!wake_fd_.is_open()) return Status::from_errno(errno, "eventfd", "");
+    OFFLOAD_RETURN_IF_ERROR(AroundFork::installed());
+    OFFLOAD_RETURN_IF_ERROR(wake_.open());
     finished_.reserve(queue_depth_);
     Result<EngineThread> thread = EngineThread::start("offload-uring", [this] { thread_main(); });
     if (!thread.is_ok()) return thread.status();
@@ -91,7 +87,7 @@ class UringEngine final : public IoEngine {
     if (closing_) return Status::error(Code::kClosed, "submit: the I/O engine is closed");
     if (sleeping_ && !requests.empty()) {
       // Before the requests are queued: a failed submit() must leave none behind.
-      OFFLOAD_RETURN_IF_ERROR(wake());
+      OFFLOAD_RETURN_IF_ERROR(wake_.signal());
       sleeping_ = false;
     }
     for (IoRequest* request : requests) scheduler_.push(request);
@@ -114,7 +110,7 @@ class UringEngine final : public IoEngine {
       {
         std::lock_guard lock(mutex_);
         closing_ = true;
-        const Status woken = wake();
+        const Status woken = wake_.signal();
         if (sticky_.is_ok()) sticky_ = woken;
       }
       thread_.join();
@@ -130,15 +126,6 @@ class UringEngine final : public IoEngine {
     IoRequest* request;
     Status status;
   };
-
-  // Ends the armed read. An eventfd refuses a write only at a count of 2^64 - 2, out of reach.
-  Status wake() {
-    const std::uint64_t one = 1;
-    while (::write(wake_fd_.get(), &one, sizeof(one)) != sizeof(one)) {
-      if (errno != EINTR) return Status::from_errno(errno, "eventfd write", "");
-    }
-    return Status::ok();
-  }
 
   void thread_main() {
     t_engine = this;
@@ -170,16 +157,25 @@ class UringEngine final : public IoEngine {
   // In the thread that forks.
   void unpin_memory() {
     std::unique_lock lock(mutex_);
+    forking_ = true;
     if (!running_) return;
     unpin_ = true;
-    if (!wake().is_ok()) return;  // out of reach; a child then has a copy, which is right but large
+    // A failure is out of reach; a child would then have a copy, which is right but large.
+    if (!wake_.signal().is_ok()) return;
     unpinned_cv_.wait(lock, [this] { return !unpin_ || !running_; });
+  }
+
+  // Likewise, when the child is made.
+  void allow_pinning() {
+    std::lock_guard lock(mutex_);
+    forking_ = false;
   }
 
   void take_orders() {
     std::lock_guard lock(mutex_);
     for (MemoryRegion& region : new_regions_) ring_.memory().add(std::move(region));
     new_regions_.clear();
+    ring_.memory().hold(forking_);
     if (unpin_) {
       ring_.memory().drop_chunks();
       unpin_ = false;
@@ -194,7 +190,7 @@ class UringEngine final : public IoEngine {
       arm_wake();
       start_all();
       if (!ring_.error().is_ok()) return fail_all();
-      if (stopping_ && in_flight_ == 0 && !wake_armed_) return;
+      if (stopping_ && in_flight_ == 0 && !wake_.is_armed()) return;
       const unsigned wait_for = may_sleep() ? 1 : 0;
       const bool entered = ring_.enter(wait_for);
       {
@@ -232,7 +228,7 @@ class UringEngine final : public IoEngine {
   // False when there is work that needs no completion; else tells submit() to wake the engine.
   bool may_sleep() {
     if (!resume_.empty() || !finished_.empty()) return false;
-    if (!wake_armed_) return in_flight_ > 0;
+    if (!wake_.is_armed()) return in_flight_ > 0;
     std::lock_guard lock(mutex_);
     const bool has_place = in_flight_ < queue_depth_;
     if (unpin_ || closing_ != stopping_ || (has_place && scheduler_.can_start())) return false;
@@ -241,9 +237,7 @@ class UringEngine final : public IoEngine {
   }
 
   void arm_wake() {
-    if (wake_armed_ || stopping_) return;
-    if (!ring_.write_wake(wake_fd_.get(), &wake_count_, sizeof(wake_count_))) return;
-    wake_armed_ = true;
+    if (!stopping_) wake_.arm(ring_);
   }
 
   void start_all() {
@@ -286,11 +280,7 @@ class UringEngine final : public IoEngine {
   bool reap() {
     return ring_.reap([this](IoRequest* request, int result) {
       if (request != nullptr) return take_result(request, result);
-      wake_armed_ = false;
-      const int err = -result;
-      if (err > 0 && err != EINTR && err != EAGAIN) {
-        ring_.fail(Status::from_errno(err, "eventfd read", ""));
-      }
+      if (Status status = wake_.took(result); !status.is_ok()) ring_.fail(std::move(status));
     });
   }
 
@@ -354,15 +344,13 @@ class UringEngine final : public IoEngine {
   const OwnerProcess owner_;
   const unsigned queue_depth_;
   const std::vector<int> files_;
-  UniqueFd wake_fd_;
+  WakeEvent wake_;
   EngineThread thread_;
   std::once_flag joined_;
   IoMeter meter_;
 
   // Of the engine thread.
   Ring ring_;
-  std::uint64_t wake_count_ = 0;  // target of the armed read
-  bool wake_armed_ = false;
   bool stopping_ = false;  // closing_ was seen and the queue cancelled
   unsigned in_flight_ = 0;
   RequestList resume_;  // to continue or retry
@@ -380,10 +368,11 @@ class UringEngine final : public IoEngine {
   std::vector<MemoryRegion> new_regions_;  // not yet taken by the engine thread
   bool running_ = false;                   // the engine thread takes orders
   bool unpin_ = false;                     // an order: a fork waits
+  bool forking_ = false;                   // from before a fork until after it
   std::string description_;
   Status sticky_;
 
-  const BeforeFork before_fork_;  // last made, first to go
+  const AroundFork around_fork_;  // last made, first to go
 };
 
 }  // namespace

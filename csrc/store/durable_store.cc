@@ -50,6 +50,15 @@ std::uint32_t label_crc(const FileLabel& label) {
   return crc32c(reinterpret_cast<const std::byte*>(&label), offsetof(FileLabel, crc));
 }
 
+FileLabel make_label(const JournalHeader& header, std::size_t index) {
+  FileLabel label;
+  label.index = static_cast<std::uint32_t>(index);
+  label.uuid = header.uuid;
+  label.block_bytes = header.block_bytes;
+  label.crc = label_crc(label);
+  return label;
+}
+
 std::string data_name(const std::string& name, std::size_t index) {
   return name + "." + std::to_string(index) + ".swap";
 }
@@ -156,12 +165,7 @@ Status SwapStore::create_durable(const SwapStoreOptions& options, const std::str
     }
     Result<SwapFile> file = create_data_file(dir.value(), data_name(name, i));
     if (!file.is_ok()) return file.status();
-    FileLabel label;
-    label.index = static_cast<std::uint32_t>(i);
-    label.uuid = header.uuid;
-    label.block_bytes = block_bytes_;
-    label.crc = label_crc(label);
-    OFFLOAD_RETURN_IF_ERROR(write_label(file.value(), label));
+    OFFLOAD_RETURN_IF_ERROR(write_label(file.value(), make_label(header, i)));
     OFFLOAD_RETURN_IF_ERROR(fsync_dir(dir.value()));
     OFFLOAD_RETURN_IF_ERROR(add_stripe(file.take(), options, i));
   }
@@ -190,11 +194,7 @@ Status SwapStore::reopen_durable(const SwapStoreOptions& options, const std::str
     if (!dir.is_ok()) return dir.status();
     Result<SwapFile> file = reopen_data_file(dir.value(), data_name(name, i));
     if (!file.is_ok()) return file.status();
-    FileLabel label;
-    label.index = static_cast<std::uint32_t>(i);
-    label.uuid = header.uuid;
-    label.block_bytes = block_bytes_;
-    OFFLOAD_RETURN_IF_ERROR(check_label(file.value(), label));
+    OFFLOAD_RETURN_IF_ERROR(check_label(file.value(), make_label(header, i)));
     OFFLOAD_RETURN_IF_ERROR(add_stripe(file.take(), options, i));
   }
   return restore(opened.value().objects);

@@ -13,7 +13,7 @@ namespace {
 
 struct Registry {
   std::mutex mutex;  // held from before a fork until after it, so that a child finds it free
-  std::vector<const std::function<void()>*> callbacks;
+  std::vector<const AroundFork*> hooks;
 };
 
 // Never destroyed: a process may fork while its static objects go.
@@ -22,16 +22,19 @@ Registry& registry() {
   return *registry;
 }
 
-void before_fork() {
-  registry().mutex.lock();
-  for (const auto* callback : registry().callbacks) (*callback)();
-}
-
-void after_fork() {
-  registry().mutex.unlock();
-}
-
 }  // namespace
+
+struct ForkHooks {
+  static void before() {
+    registry().mutex.lock();
+    for (const AroundFork* hook : registry().hooks) hook->before_();
+  }
+  static void after_in_parent() {
+    for (const AroundFork* hook : registry().hooks) hook->after_();
+    registry().mutex.unlock();
+  }
+  static void after_in_child() { registry().mutex.unlock(); }
+};
 
 Status forked_error(const char* op) {
   return Status::error(Code::kInvalid,
@@ -40,19 +43,21 @@ Status forked_error(const char* op) {
                            "opened them; open others here, or start the child with spawn");
 }
 
-Status BeforeFork::installed() {
-  static const int err = ::pthread_atfork(before_fork, after_fork, after_fork);
+Status AroundFork::installed() {
+  static const int err =
+      ::pthread_atfork(ForkHooks::before, ForkHooks::after_in_parent, ForkHooks::after_in_child);
   return err == 0 ? Status::ok() : Status::from_errno(err, "pthread_atfork", "");
 }
 
-BeforeFork::BeforeFork(std::function<void()> before) : before_(std::move(before)) {
+AroundFork::AroundFork(std::function<void()> before, std::function<void()> after)
+    : before_(std::move(before)), after_(std::move(after)) {
   std::lock_guard lock(registry().mutex);
-  registry().callbacks.push_back(&before_);
+  registry().hooks.push_back(this);
 }
 
-BeforeFork::~BeforeFork() {
+AroundFork::~AroundFork() {
   std::lock_guard lock(registry().mutex);
-  std::erase(registry().callbacks, &before_);
+  std::erase(registry().hooks, this);
 }
 
 }  // namespace offload

@@ -55,20 +55,23 @@ class ForkSafeCondition {
   std::unique_ptr<std::condition_variable> condition_ = std::make_unique<std::condition_variable>();
 };
 
-// Runs `before` in the thread that calls fork(), before each fork of this process, for as long as
-// this object lives. `before` must not fork, and must not make or destroy a BeforeFork.
-class BeforeFork {
+// Runs `before` and `after` in the thread that calls fork(), around each fork of this process, for
+// as long as this object lives; neither runs in the child. They must not fork, and must not make or
+// destroy an AroundFork.
+class AroundFork {
  public:
-  explicit BeforeFork(std::function<void()> before);
-  ~BeforeFork();
-  BeforeFork(const BeforeFork&) = delete;
-  BeforeFork& operator=(const BeforeFork&) = delete;
+  AroundFork(std::function<void()> before, std::function<void()> after);
+  ~AroundFork();
+  AroundFork(const AroundFork&) = delete;
+  AroundFork& operator=(const AroundFork&) = delete;
 
-  // Whether the system took the hook; the same for all of them.
+  // Whether the system took the hooks; the same for all of them.
   static Status installed();
 
  private:
+  friend struct ForkHooks;
   const std::function<void()> before_;
+  const std::function<void()> after_;
 };
 
 }  // namespace offload

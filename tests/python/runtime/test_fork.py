@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -130,15 +130,6 @@ def test_a_child_that_uses_no_model_ends_cleanly(tmp_path: Path) -> None:
 
     assert in_child(wraps_its_own) == "True"
     assert model(TOKENS).isfinite().all()
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Workers and OpenMP threads on few cores wait for one another for seconds."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.usefixtures("one_thread")
