@@ -2,10 +2,11 @@
 # its architecture, with its own flags, and is reached only after a run-time check of the CPU.
 # Everything else is compiled for the architecture's baseline: never -march=native.
 
-set(OFFLOAD_ISA_x86_64 sse42 avx2 avx512)
+set(OFFLOAD_ISA_x86_64 sse42 vpclmul avx2 avx512)
 set(OFFLOAD_ISA_aarch64 armcrc neon)
 
 set(OFFLOAD_ISA_FLAGS_sse42 -msse4.2 -mpclmul)
+set(OFFLOAD_ISA_FLAGS_vpclmul -msse4.2 -mpclmul -mavx512f -mavx512vl -mvpclmulqdq)
 set(OFFLOAD_ISA_FLAGS_avx2 -mavx2 -mfma)
 set(OFFLOAD_ISA_FLAGS_avx512 -mavx512f -mavx512vl -mavx512dq -mavx512bw -mfma)
 set(OFFLOAD_ISA_FLAGS_armcrc -march=armv8-a+crc)

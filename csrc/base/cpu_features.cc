@@ -20,6 +20,7 @@ CpuFeatures detect() {
   features.avx512 =
       __builtin_cpu_supports("avx512f") != 0 && __builtin_cpu_supports("avx512vl") != 0 &&
       __builtin_cpu_supports("avx512dq") != 0 && __builtin_cpu_supports("avx512bw") != 0;
+  features.vpclmul = features.avx512 && __builtin_cpu_supports("vpclmulqdq") != 0;
 #elif defined(__aarch64__)
   const unsigned long hwcap = getauxval(AT_HWCAP);
   features.neon = (hwcap & HWCAP_ASIMD) != 0;

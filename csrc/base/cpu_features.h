@@ -10,6 +10,7 @@ struct CpuFeatures {
   // x86-64.
   bool sse42 = false;
   bool pclmul = false;
+  bool vpclmul = false;  // of 64-byte registers
   bool avx2 = false;
   bool fma = false;
   bool avx512 = false;  // all of F, VL, DQ and BW

@@ -34,6 +34,9 @@ struct Path {
 
 Path choose_path() {
 #if defined(__x86_64__)
+  if (cpu_features().vpclmul && cpu_features().sse42 && cpu_features().pclmul) {
+    return {crc32c_internal::crc32c_vpclmul, "vpclmulqdq"};
+  }
   if (cpu_features().sse42 && cpu_features().pclmul) {  // both: the file is compiled for both
     return {crc32c_internal::crc32c_sse42, "sse4.2"};
   }

@@ -18,7 +18,7 @@ namespace offload {
 [[nodiscard]] std::uint32_t crc32c_portable(const void* data, std::size_t nbytes,
                                             std::uint32_t seed = 0);
 
-// The path that crc32c() takes here: "sse4.2", "armv8-crc" or "portable".
+// The path that crc32c() takes here: "vpclmulqdq", "sse4.2", "armv8-crc" or "portable".
 [[nodiscard]] const char* crc32c_path();
 
 }  // namespace offload

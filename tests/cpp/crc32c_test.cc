@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "base/cpu_features.h"
+#include "base/crc32c_interleaved.h"
 #include "doctest/doctest.h"
 
 namespace offload {
@@ -60,6 +61,21 @@ TEST_CASE("crc32c equals the portable path at every short size and at random one
   }
 }
 
+#if defined(__x86_64__)
+TEST_CASE("the path of CPUs with the CRC instruction alone equals the portable one") {
+  if (!cpu_features().sse42 || !cpu_features().pclmul) return;
+  const std::vector<unsigned char> bytes = random_bytes(70000, 5);
+  std::mt19937 random(6);
+  for (int round = 0; round < 1000; ++round) {
+    const std::size_t offset = random() % 64;
+    const std::size_t n = random() % (round < 500 ? 1600 : bytes.size() - 64);
+    const std::uint32_t seed = random();
+    REQUIRE(~crc32c_internal::crc32c_sse42(bytes.data() + offset, n, ~seed) ==
+            crc32c_portable(bytes.data() + offset, n, seed));
+  }
+}
+#endif
+
 TEST_CASE("crc32c of a part, given as seed, continues to that of the whole") {
   const std::vector<unsigned char> bytes = random_bytes(40000, 3);
   const std::uint32_t whole = crc32c(bytes.data(), bytes.size());
@@ -85,7 +101,9 @@ TEST_CASE("crc32c changes with any flipped bit and any swap of blocks") {
 TEST_CASE("crc32c takes the CPU's instruction where there is one") {
   const CpuFeatures& cpu = cpu_features();
   const std::string path = crc32c_path();
-  if (cpu.sse42 && cpu.pclmul) {
+  if (cpu.vpclmul && cpu.sse42 && cpu.pclmul) {
+    CHECK(path == "vpclmulqdq");
+  } else if (cpu.sse42 && cpu.pclmul) {
     CHECK(path == "sse4.2");
   } else if (cpu.arm_crc32) {
     CHECK(path == "armv8-crc");
