@@ -3,7 +3,13 @@
 Reads, writes and the optimizer pipeline's mix of both, all contestants on the same 4 GiB (the
 store's unnamed file), all O_DIRECT, taking turns in an order that rotates. fio runs at
 the store's block size and depth (1 MiB, 16), with the engine and buffers that trials before each
-comparison found fastest; the settings of DeepSpeed's handle are chosen likewise.
+comparison found fastest; the settings of DeepSpeed's handle and the size of its tensors are chosen
+likewise.
+
+How fast a disk is can depend on how much memory the transfers rotate over: under a virtual machine
+the host copies, and what was used a moment ago is in its cache. fio's buffers are depth x block,
+16 MiB, and cannot be more; the store's are --buffers, 24 MiB, so that like is compared with like. A
+training run rotates over more: --buffers 192 measures that.
 
     python benchmarks/io.py                       # about 8 minutes
     python benchmarks/io.py --only read --swap-dir /mnt/nvme
@@ -39,6 +45,7 @@ from io_peers.worker import Worker
 
 LEAST_OF_FIO = 0.97
 FIO_BUFFERS = 64 * MIB
+DEEPSPEED_TENSORS = (2, 8, 64)  # MiB; twelve of them are its buffers
 NAMES = {"read": "reads", "write": "writes", "mix": "optimizer mix"}
 
 
@@ -65,6 +72,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--rounds", type=int, default=11, help="turns of each contestant")
     add("--seconds", type=float, default=2.0, help="length of a measurement")
     add("--size", type=int, default=4096, metavar="MIB", help="of the file")
+    add("--buffers", type=int, default=24, metavar="MIB", help="of the store's reads and writes")
     add("--swap-dir", metavar="PATH", default=tempfile.gettempdir())
     add("--peer-venv", metavar="PATH", help="virtual environment with DeepSpeed")
     options = parser.parse_args()
@@ -72,6 +80,8 @@ def parse_arguments() -> argparse.Namespace:
         options.rounds, options.seconds, options.size = 1, 0.2, 256
     if options.rounds < 1 or options.seconds <= 0 or options.size < 64 or options.size % 64 != 0:
         parser.error("--rounds and --seconds must be positive, --size a multiple of 64")
+    if options.buffers < 3 or options.buffers % 3 != 0 or 4 * options.buffers > 3 * options.size:
+        parser.error("--buffers must be a multiple of 3, and --size four thirds of it")
     return options
 
 
@@ -112,15 +122,23 @@ def deepspeed(worker: Worker, quick: bool) -> Contestant:
     """DeepSpeed's async_io; with --quick, the first of its settings alone."""
     print(f"deepspeed: {worker.about['version']}", flush=True)
     alone = [
-        {"overlap_events": overlap, "intra_op_parallelism": threads, "handles": handles}
-        for overlap, threads, handles in itertools.product((True, False), (1, 2), (1, 2))
+        {
+            "overlap_events": overlap,
+            "intra_op_parallelism": threads,
+            "handles": handles,
+            "tensor_bytes": mib * MIB,
+        }
+        for mib, overlap, threads, handles in itertools.product(
+            DEEPSPEED_TENSORS, (True, False), (1, 2), (1, 2)
+        )
     ][: 1 if quick else None]
     in_mix = [{**setting, "handles": 2} for setting in alone if setting["handles"] == 1]
 
     def describe(setting: Mapping[str, Any]) -> str:
         overlapping = "overlap" if setting["overlap_events"] else "no overlap"
         threads, handles = setting["intra_op_parallelism"], setting["handles"]
-        return f"1 MiB x 16, {overlapping}, {handles} handle(s) of {threads} thread(s)"
+        tensors = f"tensors of {setting['tensor_bytes'] // MIB} MiB"
+        return f"1 MiB x 16, {overlapping}, {handles} handle(s) of {threads} thread(s), {tensors}"
 
     settings = {"read": alone, "write": alone, "mix": in_mix}
     return Contestant("deepspeed", settings, worker.measure, describe)
@@ -221,7 +239,11 @@ def main() -> int:
             tempfile.TemporaryDirectory(prefix="offload-io-", dir=options.swap_dir)
         )
         huge_pages = stack.enter_context(reserved_huge_pages(FIO_BUFFERS))
-        settings = {"folder": folder, "size": options.size * MIB}
+        settings = {
+            "folder": folder,
+            "size": options.size * MIB,
+            "buffers": options.buffers * MIB,
+        }
 
         def start(python: str, module: str, env: Mapping[str, str]) -> Worker:
             log = Path(folder) / f"{module}.log"

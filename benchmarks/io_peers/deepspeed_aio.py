@@ -1,9 +1,10 @@
 """DeepSpeed's async_io handle under the same load and on the same file, as its swapper drives it.
 
-Runs in the Python that DeepSpeed is installed in. Groups of four tensors move through pinned
-buffers of the handle. Reads or writes alone go through one handle, or through two in turn, so that
-one works while the other is waited for. The mix is PipelinedOptimizerSwapper's: one handle reads
-the next unit's four tensors while another writes three of the previous one's.
+Runs in the Python that DeepSpeed is installed in. Groups of four tensors, of a size that the
+request names, move through pinned buffers of the handle. Reads or writes alone go through one
+handle, or through two in turn, so that one works while the other is waited for. The mix is
+PipelinedOptimizerSwapper's: one handle reads the next unit's four tensors while another writes
+three of the previous one's.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 from io_peers.measurement import MIB, Measurement, Meter, Progress
 from io_peers.worker import Json, Measure, serve
 
-TENSORS = 64
+LARGEST = 64 * MIB
 GROUP = 4
 SETS = 3
 WRITTEN = 3
@@ -31,27 +32,34 @@ class AioLoad:
         builder = importlib.import_module("deepspeed.ops.op_builder").AsyncIOBuilder()
         self._aio = builder.load(verbose=False)
         self._path = file
-        self._nbytes = size // TENSORS
+        self._size = size
         self._handles: dict[tuple[bool, int], list[Any]] = {}
         self._read = 0
         self._written = 0
         first = self._pair(True, 1)[0]
-        self._sets = [
-            [first.new_cpu_locked_tensor(self._nbytes // 4, torch.empty(0)) for _ in range(GROUP)]
+        self._buffers = [
+            [first.new_cpu_locked_tensor(LARGEST // 4, torch.empty(0)) for _ in range(GROUP)]
             for _ in range(SETS)
         ]
+        self._use(LARGEST)
         for tensor in self._sets[0]:
             tensor.copy_(torch.rand(tensor.numel()))
-        for start in range(0, TENSORS, GROUP):
+        for start in range(0, size // LARGEST, GROUP):
             self._start(first.async_pwrite, self._sets[0], start)
             self._wait(first, GROUP)
-        self._start(first.async_pread, self._sets[1], TENSORS - GROUP)
+        self._start(first.async_pread, self._sets[1], size // LARGEST - GROUP)
         self._wait(first, GROUP)
         if not all(map(torch.equal, self._sets[0], self._sets[1])):
             raise SystemExit("DeepSpeed read other bytes than it wrote")
 
+    def _use(self, nbytes: int) -> None:
+        """Moves tensors of `nbytes` from now on: the first bytes of each buffer."""
+        self._nbytes = nbytes
+        self._sets = [[buffer[: nbytes // 4] for buffer in group] for group in self._buffers]
+
     def measure(self, request: Json) -> Measurement:
         """One measurement of request["workload"] with handles as the request wants them."""
+        self._use(request["tensor_bytes"])
         pair = self._pair(request["overlap_events"], request["intra_op_parallelism"])
         meter = Meter(request["seconds"], lambda: Progress(self._read, self._written))
         if request["workload"] == "mix":
@@ -74,7 +82,7 @@ class AioLoad:
         self, transfer: Callable[..., int], tensors: Iterable[torch.Tensor], first: int
     ) -> None:
         for number, tensor in enumerate(tensors, start=first):
-            if transfer(tensor, self._path, number % TENSORS * self._nbytes) != 0:
+            if transfer(tensor, self._path, number * self._nbytes % self._size) != 0:
                 raise SystemExit("DeepSpeed refused a transfer")
 
     @staticmethod

@@ -1,8 +1,9 @@
 """The swap store under load: reads, writes, and the optimizer pipeline's mix of both.
 
 Objects of equal size fill the store; four of them are a unit: parameters, gradients, two moments.
-Reads and writes go through whole objects in turn, LEASES of them in flight. The mix is a real
-optimizer update of unit after unit: per chunk four reads, and three writes into other slots.
+Reads and writes go through whole objects in turn, LEASES of them in flight, through as many buffers
+of an object's size. The mix is a real optimizer update of unit after unit: per chunk four reads,
+and three writes into other slots.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from io_peers.worker import Json, Measure, serve
 from offload import _native
 from offload.optim.aten_rounding import aten_rounding
 
-OBJECTS = 64
 LEASES = 3
 JOBS = 2
 STAGING_SETS = 8
@@ -34,19 +34,20 @@ def open_store(folder: str) -> _native.SwapStore:
 class StoreLoad:
     """A store full of written objects; measure() loads it."""
 
-    def __init__(self, folder: str, size: int) -> None:
+    def __init__(self, folder: str, size: int, buffers: int) -> None:
         self.folder = Path(folder).resolve()
         self.store = open_store(folder)
         if self.store.in_memory or not self.store.direct:
             raise SystemExit(f"{folder}: no O_DIRECT there: {self.store.note}")
-        self.nbytes = size // OBJECTS
+        self.nbytes = buffers // LEASES
+        count = size // self.nbytes // 4 * 4
         staging = STAGING_SETS * _native.UpdatePipeline.staging_set_bytes()
         self.arena = _native.HostArena(LEASES * self.nbytes + staging + MIB)
         self.store.add_memory(self.arena)
         self.leases = [self.arena.allocate(self.nbytes) for _ in range(LEASES)]
         spare = max(LEASES * self.store.footprint(self.nbytes), staging)
-        self.store.reserve(OBJECTS * self.store.footprint(self.nbytes), spare)
-        self.objects = [self.store.create(self.nbytes) for _ in range(OBJECTS)]
+        self.store.reserve(count * self.store.footprint(self.nbytes), spare)
+        self.objects = [self.store.create(self.nbytes) for _ in range(count)]
         self.pipeline = _native.UpdatePipeline(self.store, self.arena, STAGING_SETS, 1)
         generator = torch.Generator().manual_seed(0)
         for lease in self.leases:
@@ -111,7 +112,7 @@ class StoreLoad:
                 in_flight.append((lease, transfer(next(objects), lease, self.nbytes)))
 
     def _update_units(self, meter: Meter) -> None:
-        units = itertools.cycle(range(0, OBJECTS, 4))
+        units = itertools.cycle(range(0, len(self.objects), 4))
         in_flight = deque(self._submit_unit(next(units)) for _ in range(JOBS))
         running = True
         while in_flight:
@@ -132,7 +133,7 @@ class StoreLoad:
 
 
 def _prepare(settings: Json) -> tuple[Json, Measure, Callable[[], None]]:
-    load = StoreLoad(settings["folder"], settings["size"])
+    load = StoreLoad(settings["folder"], settings["size"], settings["buffers"])
     about = {
         "config": f"{load.store.engine}, checksums",
         "why": load.store.engine_reason,
