@@ -42,12 +42,11 @@ Result<SwapFile> open_new(const Directory& dir, const std::string& name, std::ui
 std::vector<std::byte> new_journal(const JournalHeader& header, JournalBatch& snapshot) {
   const std::uint64_t bytes = kPageBytes + (snapshot.empty() ? 0 : snapshot.sealed_bytes());
   const auto head = encode_journal_header(header, bytes);
-  std::vector<std::byte> image;
-  image.reserve(bytes);
-  image.insert(image.end(), head.begin(), head.end());
+  std::vector<std::byte> image(bytes);
+  std::copy(head.begin(), head.end(), image.begin());
   if (!snapshot.empty()) {
     const std::span<const std::byte> sealed = snapshot.seal(header, 1, kPageBytes);
-    image.insert(image.end(), sealed.begin(), sealed.end());
+    std::copy(sealed.begin(), sealed.end(), image.begin() + kPageBytes);
   }
   return image;
 }
