@@ -7,8 +7,8 @@ set(OFFLOAD_ISA_aarch64 armcrc neon)
 
 set(OFFLOAD_ISA_FLAGS_sse42 -msse4.2 -mpclmul)
 set(OFFLOAD_ISA_FLAGS_vpclmul -msse4.2 -mpclmul -mavx512f -mavx512vl -mvpclmulqdq)
-set(OFFLOAD_ISA_FLAGS_avx2 -mavx2 -mfma)
-set(OFFLOAD_ISA_FLAGS_avx512 -mavx512f -mavx512vl -mavx512dq -mavx512bw -mfma)
+set(OFFLOAD_ISA_FLAGS_avx2 -mavx2 -mfma -mf16c)
+set(OFFLOAD_ISA_FLAGS_avx512 -mavx512f -mavx512vl -mavx512dq -mavx512bw -mfma -mf16c)
 set(OFFLOAD_ISA_FLAGS_armcrc -march=armv8-a+crc)
 set(OFFLOAD_ISA_FLAGS_neon "")  # part of the aarch64 baseline
 

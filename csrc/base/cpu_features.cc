@@ -17,6 +17,7 @@ CpuFeatures detect() {
   features.pclmul = __builtin_cpu_supports("pclmul") != 0;
   features.avx2 = __builtin_cpu_supports("avx2") != 0;
   features.fma = __builtin_cpu_supports("fma") != 0;
+  features.f16c = __builtin_cpu_supports("f16c") != 0;
   features.avx512 =
       __builtin_cpu_supports("avx512f") != 0 && __builtin_cpu_supports("avx512vl") != 0 &&
       __builtin_cpu_supports("avx512dq") != 0 && __builtin_cpu_supports("avx512bw") != 0;

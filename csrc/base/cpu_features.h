@@ -13,6 +13,7 @@ struct CpuFeatures {
   bool vpclmul = false;  // of 64-byte registers
   bool avx2 = false;
   bool fma = false;
+  bool f16c = false;    // conversion of half precision
   bool avx512 = false;  // all of F, VL, DQ and BW
   // aarch64.
   bool neon = false;

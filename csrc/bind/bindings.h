@@ -9,6 +9,7 @@ namespace offload::bind {
 
 void bind_disk(pybind11::module_& module);
 void bind_memory(pybind11::module_& module);
+void bind_optim(pybind11::module_& module);
 void bind_store(pybind11::module_& module);
 void bind_update(pybind11::module_& module);
 

@@ -7,6 +7,7 @@ PYBIND11_MODULE(_native, module) {
   module.doc() = "The native core of offload: memory, swap files and update pipelines.";
   offload::bind::bind_disk(module);
   offload::bind::bind_memory(module);
+  offload::bind::bind_optim(module);
   offload::bind::bind_store(module);
   offload::bind::bind_update(module);
 }

@@ -10,9 +10,9 @@ bool isa_available(Isa isa) {
     case Isa::kScalar:
       return true;
     case Isa::kAvx2:
-      return cpu.avx2 && cpu.fma;
+      return cpu.avx2 && cpu.fma && cpu.f16c;
     case Isa::kAvx512:
-      return cpu.avx512 && cpu.fma;
+      return cpu.avx512 && cpu.fma && cpu.f16c;
     case Isa::kNeon:
       return cpu.neon;
   }

@@ -9,8 +9,8 @@ namespace offload {
 
 enum class Isa : std::uint8_t {
   kScalar,  // the reference: plain C++, one element at a time
-  kAvx2,    // with FMA
-  kAvx512,  // F, VL, DQ and BW
+  kAvx2,    // with FMA and F16C
+  kAvx512,  // F, VL, DQ and BW; with FMA and F16C
   kNeon,
 };
 

@@ -6,10 +6,12 @@
 //
 // Contract, on every Isa, for every n, position and alignment:
 //   - fp32 parameters with fp32 states get the bits of the for-loop path of the torch.optim class
-//     (see rule_scalar.cc, the reference, for each rule's operations in order), provided
+//     (see update_scalar.cc, the reference, for each rule's operations in order), provided
 //     RuleHyper::rounding is that of the ATen in use. Left open are the payload and sign of a NaN
 //     and, where a decay is 0, the sign of a state that is zero.
-//   - the other formats get the bits of the reference, which all instruction sets share.
+//   - the other formats get the bits of the reference, which all instruction sets share: the fp32
+//     rule on the decoded states, rounded by the format. With narrower states multiply-adds are
+//     fused whatever RuleHyper::rounding says of them.
 // REQUIRES the default floating-point environment. Thread-safe on disjoint outputs; allocates
 // nothing.
 #pragma once
@@ -90,8 +92,8 @@ struct GradFactors {
 // Element i of each array belongs together. Every output either equals its input or overlaps no
 // array at all. No pointer needs more than the alignment of its elements.
 struct UpdateArrays {
-  const void* param = nullptr;     // not read where there is a master
-  const float* master = nullptr;   // fp32 master copy, with a 16-bit parameter
+  const void* param = nullptr;    // not read where there is a master
+  const float* master = nullptr;  // fp32 master copy, with a 16-bit parameter
   const void* grad = nullptr;
   const void* state[kMaxStates] = {};
   const float* scale[kMaxStates] = {};  // kInt8: of each kQuantBlock elements

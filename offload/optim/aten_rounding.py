@@ -19,7 +19,7 @@ _SAMPLE = 1 << 16
 
 @cache
 def aten_rounding() -> _native.AtenRounding:
-    """Return the rounding with which the native AdamW matches ``torch.optim.AdamW`` bit for bit.
+    """Return the rounding with which the native rules match ``torch.optim`` bit for bit.
 
     Warns (once) when none of the known ones does; results are then right to the last digit or two,
     but not the same bits as torch's.
@@ -36,9 +36,9 @@ def aten_rounding() -> _native.AtenRounding:
             if _native_step(inputs, rounding, isa) == expected:
                 return rounding
     warnings.warn(
-        "offload.AdamW: this torch build rounds in a way that is not known here "
+        "offload.optim: this torch build rounds in a way that is not known here "
         f"(capability {torch.backends.cpu.get_cpu_capability()}); updates will differ from "
-        "torch.optim.AdamW in the last bits",
+        "torch.optim in the last bits",
         stacklevel=2,
     )
     return _native.AtenRounding(True, "ieee")
@@ -72,16 +72,23 @@ def _native_step(
     inputs: list[torch.Tensor], rounding: _native.AtenRounding, isa: str
 ) -> list[bytes]:
     param, grad, exp_avg, exp_avg_sq = (t.clone() for t in inputs)
-    hyper = _native.AdamWHyper(1.0, 0.9, 0.999, 0.0, 0.0, 100.0, False, rounding)
-    _native.adamw_update(
+    hyper = _native.UpdateHyper(
+        "adamw", lr=1.0, beta1=0.9, beta2=0.999, step=100.0, rounding=rounding
+    )
+    _native.update(
         hyper,
-        [],
-        param.data_ptr(),
-        grad.data_ptr(),
-        exp_avg.data_ptr(),
-        exp_avg_sq.data_ptr(),
-        _SAMPLE,
-        isa,
+        _native.UpdateFormat(),
+        factors=[],
+        seed=0,
+        parameter=0,
+        first=0,
+        param=param.data_ptr(),
+        grad=grad.data_ptr(),
+        master=0,
+        states=[exp_avg.data_ptr(), exp_avg_sq.data_ptr()],
+        scales=[],
+        n=_SAMPLE,
+        isa=isa,
     )
     return [_bits(t) for t in (param, exp_avg, exp_avg_sq)]
 

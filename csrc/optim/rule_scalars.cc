@@ -1,0 +1,80 @@
+#include "optim/rule_scalars.h"
+
+#include <cmath>
+
+namespace offload::update_internal {
+namespace {
+
+// Python's `base ** exponent`: libm's pow. The exponent is hidden from compilers that put sqrt in
+// the place of pow(x, 0.5), which rounds differently.
+double python_pow(double base, double exponent) {
+  const volatile double hidden = exponent;
+  return std::pow(base, hidden);
+}
+
+void set_lerp(RuleScalars& s, double weight) {
+  const auto rounded = static_cast<float>(weight);
+  s.lerp_to_grad = !(std::fabs(rounded) < 0.5f);
+  s.lerp_weight = s.lerp_to_grad ? rounded - 1.0f : rounded;
+}
+
+void set_square_average(RuleScalars& s, double decay) {
+  s.beta2 = static_cast<float>(decay);
+  s.one_minus_beta2 = static_cast<float>(1.0 - decay);
+}
+
+}  // namespace
+
+RuleScalars make_scalars(const RuleHyper& hyper, GradFactors factors) {
+  RuleScalars s = {};
+  s.rule = hyper.rule;
+  s.rounding = hyper.rounding;
+  s.maximize = hyper.maximize;
+  s.weight_decay = static_cast<float>(hyper.weight_decay);
+  s.param_decay = 1.0f;
+  s.eps = static_cast<float>(hyper.eps);
+  s.neg_step_size = static_cast<float>(-hyper.lr);
+  s.momentum = static_cast<float>(hyper.momentum);
+  s.has_momentum = hyper.momentum != 0.0;
+  s.factors = factors.values;
+  s.factor_count = factors.count;
+  const bool decoupled = hyper.rule == Rule::kAdamW || hyper.rule == Rule::kLion;
+  if (hyper.weight_decay != 0.0 && decoupled) {
+    s.param_decay = static_cast<float>(1.0 - hyper.lr * hyper.weight_decay);
+  }
+  s.decays_grad = hyper.weight_decay != 0.0 && !decoupled;
+  switch (hyper.rule) {
+    case Rule::kAdamW:
+    case Rule::kAdam:
+      set_lerp(s, 1.0 - hyper.beta1);
+      set_square_average(s, hyper.beta2);
+      s.bias_correction2_sqrt =
+          static_cast<float>(python_pow(1.0 - python_pow(hyper.beta2, hyper.step), 0.5));
+      s.neg_step_size =
+          static_cast<float>(-(hyper.lr / (1.0 - python_pow(hyper.beta1, hyper.step))));
+      s.amsgrad = hyper.amsgrad;
+      break;
+    case Rule::kSgd:
+      s.one_minus_dampening = static_cast<float>(1.0 - hyper.dampening);
+      s.nesterov = hyper.nesterov;
+      s.first = hyper.first;
+      break;
+    case Rule::kAdagrad:
+      s.neg_step_size =
+          static_cast<float>(-(hyper.lr / (1.0 + (hyper.step - 1.0) * hyper.lr_decay)));
+      break;
+    case Rule::kRmsprop:
+      set_lerp(s, 1.0 - hyper.alpha);
+      set_square_average(s, hyper.alpha);
+      s.centered = hyper.centered;
+      break;
+    case Rule::kLion:
+      s.beta1 = static_cast<float>(hyper.beta1);
+      s.one_minus_beta1 = static_cast<float>(1.0 - hyper.beta1);
+      set_square_average(s, hyper.beta2);
+      break;
+  }
+  return s;
+}
+
+}  // namespace offload::update_internal
