@@ -12,6 +12,9 @@ from typing_extensions import Buffer
 
 Isa = Literal["scalar", "avx2", "avx512", "neon"]
 SqrtRule = Literal["ieee", "rsqrt", "rsqrt-fma", "rsqrt14-fma"]
+Rule = Literal["adamw", "adam", "sgd", "adagrad", "rmsprop", "lion"]
+ElementType = Literal["float32", "bfloat16", "float16"]
+StateFormat = Literal["float32", "bfloat16", "int8"]
 
 @final
 class Lease(Buffer):
@@ -178,61 +181,157 @@ class AtenRounding:
     def sqrt(self) -> SqrtRule: ...
 
 @final
-class AdamWHyper:
-    """Hyperparameters of one AdamW step; `step` counts from 1."""
+class UpdateHyper:
+    """Hyperparameters of one step of an update rule; `step` counts from 1.
+
+    A rule ignores those that it does not know. `first`: SGD's momentum buffer has no value yet.
+    """
 
     def __init__(
         self,
-        lr: float,
-        beta1: float,
-        beta2: float,
-        eps: float,
-        weight_decay: float,
-        step: float,
-        maximize: bool,
+        rule: str,
+        *,
+        lr: float = 0.0,
+        beta1: float = 0.0,
+        beta2: float = 0.0,
+        eps: float = 0.0,
+        weight_decay: float = 0.0,
+        momentum: float = 0.0,
+        dampening: float = 0.0,
+        alpha: float = 0.0,
+        lr_decay: float = 0.0,
+        step: float = 1.0,
+        maximize: bool = False,
+        amsgrad: bool = False,
+        nesterov: bool = False,
+        centered: bool = False,
+        first: bool = False,
         rounding: AtenRounding,
     ) -> None: ...
+    @property
+    def state_count(self) -> int:
+        """The states of the rule, in the order of torch's names.
+
+        Adam, AdamW: exp_avg, exp_avg_sq, and with amsgrad max_exp_avg_sq. SGD with momentum:
+        momentum_buffer. Adagrad: sum. RMSprop: square_avg, with momentum momentum_buffer, with
+        centered grad_avg. Lion: exp_avg.
+        """
+
+@final
+class UpdateFormat:
+    """What the arrays of a parameter hold.
+
+    With a 16-bit `param` the gradient has its type too, and an fp32 master copy is one more array.
+    """
+
+    def __init__(self, param: str = "float32", state: str = "float32") -> None: ...
+    @property
+    def param(self) -> ElementType: ...
+    @property
+    def state(self) -> StateFormat: ...
+    @property
+    def param_bytes(self) -> int:
+        """Bytes of an element of the parameter and of its gradient."""
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of an element of a state; int8 has an fp32 scale per `quant_block` more."""
+
+    @property
+    def has_master(self) -> bool: ...
 
 @final
 class UpdateOperand:
-    """Where one operand of an update is."""
+    """Where one operand of an update is: parameter, gradient, master copy, state or its scales."""
 
     @staticmethod
     def in_memory(lease: Lease, nbytes: int) -> UpdateOperand: ...
     @staticmethod
-    def on_disk(object: int, nbytes: int) -> UpdateOperand: ...
+    def on_disk(object: int, nbytes: int, *, initial: float = 0.0) -> UpdateOperand:
+        """An object of the swap store.
+
+        What of a state was never written is `initial` everywhere; what of a master copy was never
+        written is the 16-bit parameter, widened.
+        """
+
+    @staticmethod
+    def borrowed(address: int, nbytes: int, keep_alive: object) -> UpdateOperand:
+        """Memory that `keep_alive` keeps, such as a tensor's.
+
+        The job lets go of `keep_alive` when it is done: before a wait() for it returns, or else
+        soon, on the main thread or in a call of this module.
+        """
+
+    @staticmethod
+    def loaded(object: int, lease: Lease, nbytes: int, *, initial: float = 0.0) -> UpdateOperand:
+        """As on_disk(), and read into `lease`, all of it.
+
+        When the job succeeded, object and lease hold the same new version; when it failed, the
+        object is as on_disk() leaves it and the lease holds nothing of use.
+        """
 
 @final
 class UpdateSegment:
-    """Elements [begin, end) of a unit, with their hyperparameters and deferred factors."""
+    """Elements [begin, end) of a unit: one parameter, with hyperparameters and deferred factors.
+
+    `parameter` is its number in the optimizer, which stochastic rounding depends on. With int8
+    states, `begin` is a multiple of `quant_block`.
+    """
 
     def __init__(
-        self, begin: int, end: int, hyper: AdamWHyper, factors: Sequence[float]
+        self,
+        begin: int,
+        end: int,
+        hyper: UpdateHyper,
+        factors: Sequence[float],
+        parameter: int = 0,
     ) -> None: ...
     @property
     def begin(self) -> int: ...
+    @property
+    def end(self) -> int: ...
 
 @final
 class UpdatePipeline:
-    """Read, update and write of optimizer state in native threads."""
+    """Read, update and write of parameters and optimizer state in native threads."""
 
     @staticmethod
-    def staging_set_bytes(block_bytes: int = ...) -> int:
-        """Return the memory of one chunk's operands."""
+    def min_staging_bytes(block_bytes: int = ...) -> int:
+        """Return the staging in which a job of any rule and format can be done."""
 
     def __init__(
-        self, store: SwapStore | None, arena: HostArena, staging_sets: int, threads: int
-    ) -> None: ...
+        self,
+        store: SwapStore | None,
+        arena: HostArena | None,
+        staging_bytes: int,
+        threads: int,
+    ) -> None:
+        """Take `staging_bytes` of `arena`, used in blocks of `store`.
+
+        0 serves jobs that are wholly in memory, as does no store.
+        """
+
     def submit(
         self,
         numel: int,
+        format: UpdateFormat,
+        seed: int,
         param: UpdateOperand,
         grad: UpdateOperand,
-        exp_avg: UpdateOperand,
-        exp_avg_sq: UpdateOperand,
+        master: UpdateOperand | None,
+        states: Sequence[UpdateOperand],
+        scales: Sequence[UpdateOperand],
         segments: Sequence[UpdateSegment],
     ) -> Transfer:
-        """Queue the update of one unit of `numel` fp32 elements; returns at once."""
+        """Queue the update of one unit; returns at once.
+
+        Element i of each operand belongs together; widths follow from `format`. `scales` are those
+        of int8 states, fp32, one per `quant_block` elements, in memory. `segments` ascend; elements
+        in none stay as they are. Jobs in flight at once must share no operand.
+
+        Raises OffloadError: the job makes no sense or needs more staging than there is, the
+        pipeline is closed, or an earlier job failed.
+        """
 
     def stats(self) -> dict[str, float]:
         """Return the counts jobs and chunks, and update_seconds summed over the threads."""
@@ -240,17 +339,44 @@ class UpdatePipeline:
     def close(self) -> None:
         """Finish what was submitted and stop the threads; raises the first error, if any."""
 
-def adamw_update(
-    hyper: AdamWHyper,
+quant_block: int
+
+def update(
+    hyper: UpdateHyper,
+    format: UpdateFormat,
     factors: Sequence[float],
+    seed: int,
+    parameter: int,
+    first: int,
     param: int,
     grad: int,
-    exp_avg: int,
-    exp_avg_sq: int,
+    master: int,
+    states: Sequence[int],
+    scales: Sequence[int],
     n: int,
     isa: str,
 ) -> None:
-    """Take one in-place AdamW step on `n` fp32 elements at the given addresses."""
+    """Take one step in place on `n` elements; arrays are given by address, `master` 0 where none.
+
+    `factors` multiply the gradient one after another. `seed`, `parameter` and `first`, the position
+    of the first element in its parameter, decide stochastic rounding. `scales`: of int8 states,
+    one array each, one fp32 number for `quant_block` elements; else empty.
+    """
+
+def fill_state(
+    hyper: UpdateHyper, format: UpdateFormat, k: int, value: float, state: int, scale: int, n: int
+) -> None:
+    """Set the `n` elements of state `k` at address `state` to `value`; `scale` is 0 if none."""
+
+def decode_state(
+    hyper: UpdateHyper, format: UpdateFormat, k: int, state: int, scale: int, out: int, n: int
+) -> None:
+    """Put the `n` elements of state `k` at address `state` as fp32 at `out`."""
+
+def encode_state(
+    hyper: UpdateHyper, format: UpdateFormat, k: int, values: int, state: int, scale: int, n: int
+) -> None:
+    """The other way; bfloat16 is rounded to nearest."""
 
 def isas() -> list[Isa]:
     """Return the names of the kernels that this CPU can run."""

@@ -12,18 +12,19 @@ import itertools
 import os
 from collections import deque
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from worker import Answer, Json, serve
 
 from io_peers.measurement import MIB, Measurement, Meter, Progress
-from io_peers.worker import Json, Measure, serve
 from offload import _native
 from offload.optim.aten_rounding import aten_rounding
 
 LEASES = 3
-JOBS = 2
-STAGING_SETS = 8
+JOBS = 4
+STAGING_BLOCKS = 32
 
 
 def open_store(folder: str) -> _native.SwapStore:
@@ -41,14 +42,14 @@ class StoreLoad:
             raise SystemExit(f"{folder}: no O_DIRECT there: {self.store.note}")
         self.nbytes = buffers // LEASES
         count = size // self.nbytes // 4 * 4
-        staging = STAGING_SETS * _native.UpdatePipeline.staging_set_bytes()
+        staging = STAGING_BLOCKS * self.store.block_bytes
         self.arena = _native.HostArena(LEASES * self.nbytes + staging + MIB)
         self.store.add_memory(self.arena)
         self.leases = [self.arena.allocate(self.nbytes) for _ in range(LEASES)]
         spare = max(LEASES * self.store.footprint(self.nbytes), staging)
         self.store.reserve(count * self.store.footprint(self.nbytes), spare)
         self.objects = [self.store.create(self.nbytes) for _ in range(count)]
-        self.pipeline = _native.UpdatePipeline(self.store, self.arena, STAGING_SETS, 1)
+        self.pipeline = _native.UpdatePipeline(self.store, self.arena, staging, 1)
         generator = torch.Generator().manual_seed(0)
         for lease in self.leases:
             torch.rand(
@@ -122,24 +123,28 @@ class StoreLoad:
                 in_flight.append(self._submit_unit(next(units)))
 
     def _submit_unit(self, first: int) -> _native.Transfer:
-        hyper = _native.AdamWHyper(1e-3, 0.9, 0.999, 1e-8, 0.0, 10.0, False, aten_rounding())
-        param, grad, exp_avg, exp_avg_sq = (
+        hyper = _native.UpdateHyper(
+            "adamw", lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, step=10.0, rounding=aten_rounding()
+        )
+        param, grad, *states = (
             _native.UpdateOperand.on_disk(item, self.nbytes)
             for item in self.objects[first : first + 4]
         )
         numel = self.nbytes // 4
         segments = [_native.UpdateSegment(0, numel, hyper, [])]
-        return self.pipeline.submit(numel, param, grad, exp_avg, exp_avg_sq, segments)
+        return self.pipeline.submit(
+            numel, _native.UpdateFormat(), 0, param, grad, None, states, [], segments
+        )
 
 
-def _prepare(settings: Json) -> tuple[Json, Measure, Callable[[], None]]:
+def _prepare(settings: Json) -> tuple[Json, Answer, Callable[[], None]]:
     load = StoreLoad(settings["folder"], settings["size"], settings["buffers"])
     about = {
         "config": f"{load.store.engine}, checksums",
         "why": load.store.engine_reason,
         "file": load.file(),
     }
-    return about, load.measure, load.close
+    return about, lambda request: asdict(load.measure(request)), load.close
 
 
 if __name__ == "__main__":

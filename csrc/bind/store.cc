@@ -11,6 +11,7 @@
 
 #include "bind/bindings.h"
 #include "bind/errors.h"
+#include "bind/keep_alive.h"
 #include "io/probe.h"
 #include "mem/host_memory.h"
 #include "store/swap_store.h"
@@ -40,6 +41,7 @@ void wait(Transfer& transfer) {
     if (done) break;
     if (PyErr_CheckSignals() != 0) throw py::error_already_set();
   }
+  release_dropped();
   check(transfer.wait());
 }
 

@@ -128,11 +128,18 @@ class SwapStore {
     std::byte* buffer = nullptr;
     std::uint64_t nbytes = 0;
   };
-  // Start a transfer; when they fail, nothing was started and `done` is not called.
+  // Called for each block of a transfer, with its place in the buffer, as soon as the store does
+  // not touch that any more, whether it succeeds or fails; where `done` is called, and before it.
+  struct BlockDone {
+    void (*call)(void* context, std::byte* block);
+    void* context;
+  };
+  // Start a transfer; when they fail, nothing was started and nothing is called.
   // write() only reads the ranges' buffers. Once `cancel` (which must outlive the transfer) is
   // true, blocks that were not started yet no longer are, and the transfer ends with kCancelled.
   Status write(std::span<const Range> ranges, IoPriority priority, Completion done,
-               const std::atomic<bool>* cancel = nullptr);
+               const std::atomic<bool>* cancel = nullptr,
+               BlockDone block_done = {nullptr, nullptr});
   Status read(std::span<const Range> ranges, IoPriority priority, Completion done,
               const std::atomic<bool>* cancel = nullptr);
 
@@ -210,7 +217,7 @@ class SwapStore {
 
   Status usable() const;  // REQUIRES: mutex_ held
   Status start(std::span<const Range> ranges, IoOp op, IoPriority priority, Completion done,
-               const std::atomic<bool>* cancel);
+               const std::atomic<bool>* cancel, BlockDone block_done);
   Status check(const Range& range, IoOp op) const;       // REQUIRES: mutex_ held
   Status check_disjoint(std::span<const Range> ranges);  // likewise
   std::unique_ptr<Group> take_group();                   // likewise

@@ -44,10 +44,11 @@ void SwapStore::BlockRequest::complete(Status status) {
                                  " bytes): the disk returned other bytes than were written there");
     }
   }
-  group->block_done(status);
+  group->block_done(data, status);
 }
 
-void SwapStore::Group::begin(SwapStore& owner, IoOp op_, std::size_t blocks, Completion done) {
+void SwapStore::Group::begin(SwapStore& owner, IoOp op_, std::size_t blocks, Completion done,
+                             BlockDone block_done) {
   store = &owner;
   op = op_;
   requests.clear();
@@ -56,14 +57,16 @@ void SwapStore::Group::begin(SwapStore& owner, IoOp op_, std::size_t blocks, Com
   for (auto& batch : batches) batch.clear();
   left_ = blocks;
   done_ = std::move(done);
+  block_done_ = block_done;
   first_error_ = Status::ok();
 }
 
-void SwapStore::Group::block_done(const Status& status) {
+void SwapStore::Group::block_done(std::byte* data, const Status& status) {
   if (!status.is_ok()) {
     std::lock_guard<std::mutex> lock(mutex_);
     if (first_error_.is_ok()) first_error_ = status;
   }
+  if (block_done_.call != nullptr) block_done_.call(block_done_.context, data);
   if (left_.fetch_sub(1, std::memory_order_acq_rel) != 1) return;
   Status outcome;
   {
@@ -77,17 +80,17 @@ void SwapStore::Group::block_done(const Status& status) {
 }
 
 Status SwapStore::write(std::span<const Range> ranges, IoPriority priority, Completion done,
-                        const std::atomic<bool>* cancel) {
-  return start(ranges, IoOp::kWrite, priority, std::move(done), cancel);
+                        const std::atomic<bool>* cancel, BlockDone block_done) {
+  return start(ranges, IoOp::kWrite, priority, std::move(done), cancel, block_done);
 }
 
 Status SwapStore::read(std::span<const Range> ranges, IoPriority priority, Completion done,
                        const std::atomic<bool>* cancel) {
-  return start(ranges, IoOp::kRead, priority, std::move(done), cancel);
+  return start(ranges, IoOp::kRead, priority, std::move(done), cancel, {});
 }
 
 Status SwapStore::start(std::span<const Range> ranges, IoOp op, IoPriority priority,
-                        Completion done, const std::atomic<bool>* cancel) {
+                        Completion done, const std::atomic<bool>* cancel, BlockDone block_done) {
   if (!owner_.is_current()) return forked_error(op == IoOp::kRead ? "read" : "write");
   std::unique_ptr<Group> group;
   {
@@ -110,7 +113,7 @@ Status SwapStore::start(std::span<const Range> ranges, IoOp op, IoPriority prior
                                std::to_string(stripes_.free_slots() * block_bytes_) + " are free");
     }
     group = take_group();
-    group->begin(*this, op, blocks, std::move(done));
+    group->begin(*this, op, blocks, std::move(done), block_done);
     for (const Range& range : ranges) add_blocks(range, *group);
     for (BlockRequest& request : group->requests) {
       request.priority = priority;

@@ -32,10 +32,10 @@ class SwapStore::BlockRequest final : public IoRequest {
 class SwapStore::Group {
  public:
   // Starts a transfer with room for `blocks` requests, which are added to `requests`.
-  void begin(SwapStore& owner, IoOp op_, std::size_t blocks, Completion done);
-  // Engine threads, and submitters. The last block publishes the transfer, calls the completion
-  // and hands `this` back to the store.
-  void block_done(const Status& status);
+  void begin(SwapStore& owner, IoOp op_, std::size_t blocks, Completion done, BlockDone block_done);
+  // Engine threads, and submitters; `data` is the caller's buffer of the block. The last block
+  // publishes the transfer, calls the completion and hands `this` back to the store.
+  void block_done(std::byte* data, const Status& status);
   Completion take_completion() { return std::exchange(done_, nullptr); }
 
   IoOp op = IoOp::kRead;
@@ -45,6 +45,7 @@ class SwapStore::Group {
 
  private:
   Completion done_;
+  BlockDone block_done_ = {};
   std::atomic<std::size_t> left_{0};
   std::mutex mutex_;
   Status first_error_;  // guarded by mutex_

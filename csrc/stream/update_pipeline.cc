@@ -2,58 +2,42 @@
 
 #include <algorithm>
 #include <chrono>
-#include <cstring>
 #include <string>
 #include <utility>
 
-#include "io/engine_thread.h"
+#include "stream/update_chunk.h"
 
 namespace offload {
 namespace {
 
-bool fits(const UpdateOperand& operand, std::uint64_t numel) {
-  const bool placed = operand.on_disk() != (operand.lease != nullptr);
-  const bool long_enough = operand.nbytes / sizeof(float) >= numel;
-  return placed && long_enough && (operand.on_disk() || operand.lease->nbytes() >= operand.nbytes);
+// Runs the chunk's kernels; the nanoseconds that they took.
+std::uint64_t run(UpdateChunk& chunk) {
+  const auto begun = std::chrono::steady_clock::now();
+  chunk.update();
+  const auto spent = std::chrono::steady_clock::now() - begun;
+  return static_cast<std::uint64_t>(
+      std::chrono::duration_cast<std::chrono::nanoseconds>(spent).count());
 }
 
 }  // namespace
 
 struct UpdatePipeline::Job {
   UpdateJob spec;
+  UpdateLayout layout;
   std::shared_ptr<Transfer> transfer = std::make_shared<Transfer>();
-  bool any_on_disk = false;
-  std::uint64_t chunks = 0;
-  std::uint64_t started = 0;  // guarded by the pipeline's mutex, as are the two below
+  std::uint64_t order = 0;    // of submission; guarded by the pipeline's mutex, as are those below
+  std::uint64_t started = 0;  // chunks
   std::uint64_t open = 0;
   Status status;
 };
 
-// `in[k]` is where the kernel reads operand k, `out[k]` where it puts the result.
+// A chunk of a job with something on disk.
 struct UpdatePipeline::Chunk {
-  enum Operand { kParam, kGrad, kExpAvg, kExpAvgSq, kOperands };
-
+  UpdatePipeline* pipeline = nullptr;
   std::shared_ptr<Job> job;
-  std::uint64_t index = 0;
-  std::uint64_t block_bytes = 0;
-  std::byte* staging = nullptr;
-  std::byte* in[kOperands] = {};
-  std::byte* out[kOperands] = {};
-  Status written;
-
-  const UpdateOperand& operand(int k) const {
-    const UpdateOperand* const all[] = {&job->spec.param, &job->spec.grad, &job->spec.exp_avg,
-                                        &job->spec.exp_avg_sq};
-    return *all[k];
-  }
-  std::uint64_t elements() const { return block_bytes / sizeof(float); }
-  std::uint64_t first() const { return index * elements(); }
-  std::uint64_t last() const { return std::min(job->spec.numel, first() + elements()); }
-  std::byte* memory(int k) const { return operand(k).lease->data() + index * block_bytes; }
-  SwapStore::Range range(int k, std::byte* buffer) const {
-    return {operand(k).object, index * block_bytes, buffer,
-            std::min(block_bytes, operand(k).nbytes - index * block_bytes)};
-  }
+  UpdateChunk work;
+  unsigned reads_open = 0;  // transfers; guarded by the pipeline's mutex, as is their outcome
+  Status read;
 };
 
 UpdatePipeline::UpdatePipeline(std::shared_ptr<SwapStore> store, Options options)
@@ -69,14 +53,11 @@ Result<std::shared_ptr<UpdatePipeline>> UpdatePipeline::create(
     return Status::error(Code::kInvalid, "the update pipeline needs at least one thread");
   }
   std::shared_ptr<UpdatePipeline> pipeline(new UpdatePipeline(std::move(store), options));
-  if (options.staging_sets > 0) {
-    const std::uint64_t set_bytes = staging_set_bytes(pipeline->block_bytes_);
-    Result<Lease> staging = arena->allocate(options.staging_sets * set_bytes);
+  if (options.staging_bytes > 0) {
+    if (arena == nullptr) return Status::error(Code::kInvalid, "update staging needs an arena");
+    Result<Lease> staging = arena->allocate(options.staging_bytes);
     if (!staging.is_ok()) return staging.status().with_context("update staging");
-    pipeline->staging_ = staging.take();
-    for (unsigned i = 0; i < options.staging_sets; ++i) {
-      pipeline->free_staging_.push_back(pipeline->staging_.data() + i * set_bytes);
-    }
+    pipeline->staging_ = StagingPool(staging.take(), pipeline->block_bytes_);
   }
   for (unsigned i = 0; i < options.threads; ++i) {
     Result<EngineThread> thread =
@@ -92,264 +73,324 @@ UpdatePipeline::~UpdatePipeline() {
   static_cast<void>(close());
 }
 
-Result<std::shared_ptr<Transfer>> UpdatePipeline::submit(UpdateJob spec) {
-  if (!owner_.is_current()) return forked_error("submit");
+// --- submission ----------------------------------------------------------------------------------
+
+Result<std::shared_ptr<UpdatePipeline::Job>> UpdatePipeline::make_job(UpdateJob spec) const {
+  Result<UpdateLayout> layout = UpdateLayout::of(spec, block_bytes_);
+  if (!layout.is_ok()) return layout.status();
   auto job = std::make_shared<Job>();
   job->spec = std::move(spec);
-  const UpdateJob& s = job->spec;
-  for (const UpdateOperand* operand : {&s.param, &s.grad, &s.exp_avg, &s.exp_avg_sq}) {
-    if (!fits(*operand, s.numel)) {
-      return Status::error(Code::kInvalid, "an update operand does not hold " +
-                                               std::to_string(s.numel) + " fp32 elements");
-    }
-    job->any_on_disk = job->any_on_disk || operand->on_disk();
+  job->layout = layout.take();
+  if (!job->layout.any_on_disk || job->layout.chunks == 0) return job;
+  if (store_ == nullptr) {
+    return Status::error(Code::kInvalid, "an update of operands on disk needs a swap store");
   }
-  std::uint64_t reached = 0;
-  for (const UpdateSegment& segment : s.segments) {
-    if (segment.begin < reached || segment.end < segment.begin || segment.end > s.numel) {
-      return Status::error(Code::kInvalid, "update segments must ascend within the unit");
-    }
-    reached = segment.end;
+  const std::uint64_t blocks = job->layout.staging_blocks(0);  // the first is one of the largest
+  if (blocks > options_.staging_bytes / block_bytes_) {
+    return Status::error(Code::kInvalid, "a chunk of this update needs " +
+                                             std::to_string(blocks * block_bytes_) +
+                                             " bytes of staging; the pipeline has " +
+                                             std::to_string(options_.staging_bytes));
   }
-  if (job->any_on_disk && (store_ == nullptr || options_.staging_sets == 0)) {
-    return Status::error(Code::kInvalid, "an update of swapped state needs a store and staging");
-  }
-  const std::uint64_t elements = block_bytes_ / sizeof(float);
-  job->chunks = (s.numel + elements - 1) / elements;
-  std::lock_guard<std::mutex> lock(mutex_);
-  if (closing_) return Status::error(Code::kClosed, "the update pipeline is closed");
-  if (!error_.is_ok()) return error_;
-  ++stats_.jobs;
-  if (job->chunks == 0) {
-    job->transfer->finish(Status::ok());
-  } else {
-    jobs_.push_back(job);
-    changed_.notify_all();
-  }
-  return job->transfer;
+  return job;
 }
+
+Result<std::shared_ptr<Transfer>> UpdatePipeline::submit(UpdateJob spec) {
+  if (!owner_.is_current()) return forked_error("submit");
+  Result<std::shared_ptr<Job>> made = make_job(std::move(spec));
+  if (!made.is_ok()) return made.status();
+  const std::shared_ptr<Job> job = made.take();
+  const std::shared_ptr<Transfer> transfer = job->transfer;
+  {
+    const Lock lock(mutex_);
+    if (closing_) return Status::error(Code::kClosed, "the update pipeline is closed");
+    if (!error_.is_ok()) return error_;
+    job->order = stats_.jobs++;
+    if (job->layout.chunks > 0) {
+      (job->layout.any_on_disk ? on_disk_ : in_memory_).push_back(job);
+      wake_for(*job);
+      return transfer;
+    }
+  }
+  finish({job});
+  return transfer;
+}
+
+void UpdatePipeline::wake_for(const Job& job) {
+  // Waking a thread takes longer than a small job, and one that is awake looks before it sleeps.
+  constexpr std::uint64_t kSmall = 4096;
+  const bool is_small = !job.layout.any_on_disk && job.layout.numel <= kSmall;
+  if (is_small && asleep_ < options_.threads) return;
+  if (job.layout.chunks > 1) {
+    changed_.notify_all();
+  } else {
+    changed_.notify_one();
+  }
+}
+
+// --- the threads ---------------------------------------------------------------------------------
 
 bool UpdatePipeline::can_start() const {
-  return error_.is_ok() && !jobs_.empty() &&
-         (!jobs_.front()->any_on_disk || !free_staging_.empty());
+  if (!error_.is_ok() || (staging_.free_blocks() == 0 && staging_.blocks() > 0)) return false;
+  return taking_ != nullptr ? taking_->read.is_ok() : !on_disk_.empty();
 }
 
-std::unique_ptr<UpdatePipeline::Chunk> UpdatePipeline::next_chunk() {
-  auto chunk = std::make_unique<Chunk>();
-  chunk->job = jobs_.front();
-  Job& job = *chunk->job;
-  chunk->index = job.started++;
-  chunk->block_bytes = block_bytes_;
-  ++job.open;
-  ++chunks_open_;
-  if (job.started == job.chunks) jobs_.pop_front();
-  if (job.any_on_disk) {
-    chunk->staging = free_staging_.back();
-    free_staging_.pop_back();
-  }
-  return chunk;
+bool UpdatePipeline::can_update_in_memory() const {
+  if (!error_.is_ok() || in_memory_.empty()) return false;
+  return ready_.empty() || in_memory_.front()->order < ready_.front()->job->order;
 }
 
 void UpdatePipeline::work() {
-  std::unique_lock<std::mutex> lock(mutex_);
+  Lock lock(mutex_);
   while (true) {
     if (!written_.empty()) {
       auto chunk = std::move(written_.front());
       written_.pop_front();
       lock.unlock();
-      publish(std::move(chunk));
+      chunk->work.publish();
+      end_chunk(std::move(chunk), Status::ok());
+      lock.lock();
     } else if (can_start()) {
-      auto chunk = next_chunk();
-      lock.unlock();
-      start_reads(std::move(chunk));
+      start_reads(lock);
+    } else if (can_update_in_memory()) {
+      update_in_memory(lock);
     } else if (!ready_.empty()) {
       auto chunk = std::move(ready_.front());
       ready_.pop_front();
       lock.unlock();
       update(std::move(chunk));
-    } else if (closing_ && chunks_open_ == 0 && jobs_.empty()) {
+      lock.lock();
+    } else if (closing_ && chunks_open_ == 0 && on_disk_.empty() && in_memory_.empty()) {
       return;
     } else {
+      ++asleep_;
       changed_.wait(lock);
-      continue;
+      --asleep_;
     }
-    lock.lock();
   }
 }
 
-void UpdatePipeline::start_reads(std::unique_ptr<Chunk> chunk) {
-  std::vector<SwapStore::Range> reads;
-  bool readable = true;
-  for (int k = 0; k < Chunk::kOperands; ++k) {
-    const UpdateOperand& operand = chunk->operand(k);
-    std::byte* staged = chunk->staging == nullptr ? nullptr : chunk->staging + k * block_bytes_;
-    if (!operand.on_disk()) {
-      chunk->in[k] = chunk->memory(k);
-      chunk->out[k] = staged == nullptr ? chunk->in[k] : staged;
-      continue;
-    }
-    chunk->in[k] = chunk->out[k] = staged;
-    const Result<bool> written = store_->written(operand.object, chunk->index * block_bytes_);
-    if (!written.is_ok()) {
-      end_chunk(std::move(chunk), written.status());
+std::uint64_t UpdatePipeline::start_index(Jobs& jobs) {
+  Job& job = *jobs.front();
+  const std::uint64_t index = job.started++;
+  ++job.open;
+  ++chunks_open_;
+  if (job.started == job.layout.chunks) jobs.pop_front();
+  return index;
+}
+
+void UpdatePipeline::update_in_memory(Lock& lock) {
+  const std::shared_ptr<Job> job = in_memory_.front();
+  const std::uint64_t index = start_index(in_memory_);
+  lock.unlock();
+  UpdateChunk work;
+  work.begin(job->spec, job->layout, index);
+  const std::uint64_t spent = run(work);
+  std::vector<std::shared_ptr<Job>> ended;
+  lock.lock();
+  count(spent);
+  chunk_ended(job, Status::ok(), ended);
+  --chunks_open_;
+  if (closing_) changed_.notify_all();
+  if (ended.empty()) return;
+  lock.unlock();
+  finish(ended);
+  lock.lock();
+}
+
+void UpdatePipeline::count(std::uint64_t update_ns) {
+  ++stats_.chunks;
+  stats_.update_ns += update_ns;
+}
+
+// --- chunks with something on disk ---------------------------------------------------------------
+
+std::unique_ptr<UpdatePipeline::Chunk> UpdatePipeline::take_chunk() {
+  if (idle_.empty()) return std::make_unique<Chunk>();
+  auto chunk = std::move(idle_.back());
+  idle_.pop_back();
+  return chunk;
+}
+
+Status UpdatePipeline::next_chunk() {
+  taking_ = take_chunk();
+  taking_->job = on_disk_.front();
+  const std::uint64_t index = start_index(on_disk_);
+  taking_->work.begin(taking_->job->spec, taking_->job->layout, index);
+  return taking_->work.plan(*store_);
+}
+
+void UpdatePipeline::start_reads(Lock& lock) {
+  if (taking_ == nullptr) {
+    const Status planned = next_chunk();
+    if (!planned.is_ok()) {
+      auto failed = std::move(taking_);
+      lock.unlock();
+      end_chunk(std::move(failed), planned);
+      lock.lock();
       return;
     }
-    if (written.value()) {
-      reads.push_back(chunk->range(k, staged));
-    } else if (k == Chunk::kExpAvg || k == Chunk::kExpAvgSq) {
-      std::memset(staged, 0, block_bytes_);
+  }
+  Chunk* const chunk = taking_.get();
+  const std::span<const SwapStore::Range> reads = chunk->work.take(staging_);
+  if (!reads.empty()) ++chunk->reads_open;
+  if (!chunk->work.wants_blocks()) {
+    if (chunk->reads_open == 0) {
+      ready_.push_back(std::move(taking_));
+      changed_.notify_one();
     } else {
-      readable = false;
+      static_cast<void>(taking_.release());  // the last of its reads has it
     }
   }
-  if (!readable) {
-    end_chunk(std::move(chunk), Status::error(Code::kInvalid,
-                                              "parameters or gradients of an update were never "
-                                              "written to the swap file"));
-    return;
-  }
-  if (reads.empty()) {
-    update(std::move(chunk));
-    return;
-  }
-  Chunk* raw = chunk.release();  // handed to the completion
+  if (reads.empty()) return;
+  lock.unlock();
   const Status started =
-      store_->read(reads, IoPriority::kBackground, [this, raw](const Status& status) {
-        std::unique_ptr<Chunk> owned(raw);
-        if (!status.is_ok()) {
-          end_chunk(std::move(owned), status);
-          return;
-        }
-        std::lock_guard<std::mutex> lock(mutex_);
-        ready_.push_back(std::move(owned));
-        changed_.notify_all();
-      });
-  if (!started.is_ok()) end_chunk(std::unique_ptr<Chunk>(raw), started);
+      store_->read(reads, IoPriority::kBackground,
+                   [this, chunk](const Status& status) { read_done(chunk, status); });
+  if (!started.is_ok()) read_done(chunk, started);
+  lock.lock();
+}
+
+void UpdatePipeline::read_done(Chunk* chunk, const Status& status) {
+  Lock lock(mutex_);
+  if (chunk->read.is_ok()) chunk->read = status;
+  if (--chunk->reads_open > 0) return;
+  const bool has_all = taking_.get() != chunk;
+  const bool goes_on = chunk->read.is_ok() && error_.is_ok();
+  if (!has_all && goes_on) return;  // until there are blocks
+  std::unique_ptr<Chunk> owned = has_all ? std::unique_ptr<Chunk>(chunk) : std::move(taking_);
+  if (owned->read.is_ok() && has_all) {
+    ready_.push_back(std::move(owned));
+    changed_.notify_one();
+    return;
+  }
+  const Status why = owned->read.is_ok() ? error_ : owned->read;
+  lock.unlock();
+  end_chunk(std::move(owned), why);
+}
+
+void UpdatePipeline::start_what_can(Lock& lock) {
+  while (can_start()) start_reads(lock);
 }
 
 void UpdatePipeline::update(std::unique_ptr<Chunk> chunk) {
-  const auto begun = std::chrono::steady_clock::now();
-  const std::uint64_t base = chunk->first();
-  const auto at = [base](std::byte* bytes, std::uint64_t element) {
-    return reinterpret_cast<float*>(bytes) + (element - base);
-  };
-  for (const UpdateSegment& s : chunk->job->spec.segments) {
-    const std::uint64_t from = std::max(s.begin, base);
-    const std::uint64_t to = std::min(s.end, chunk->last());
-    if (from >= to) continue;
-    adamw_update(s.hyper, {s.factors.data(), s.factors.size()}, at(chunk->in[Chunk::kParam], from),
-                 at(chunk->in[Chunk::kGrad], from), at(chunk->in[Chunk::kExpAvg], from),
-                 at(chunk->in[Chunk::kExpAvgSq], from), at(chunk->out[Chunk::kParam], from),
-                 at(chunk->out[Chunk::kExpAvg], from), at(chunk->out[Chunk::kExpAvgSq], from),
-                 to - from);
-  }
-  const auto spent = std::chrono::steady_clock::now() - begun;
-  std::vector<SwapStore::Range> writes;
-  for (const int k : {Chunk::kParam, Chunk::kExpAvg, Chunk::kExpAvgSq}) {
-    if (chunk->operand(k).on_disk()) writes.push_back(chunk->range(k, chunk->out[k]));
-  }
+  const std::uint64_t spent = run(chunk->work);
   {
-    std::lock_guard<std::mutex> lock(mutex_);
-    ++stats_.chunks;
-    stats_.update_ns += static_cast<std::uint64_t>(
-        std::chrono::duration_cast<std::chrono::nanoseconds>(spent).count());
+    const Lock lock(mutex_);
+    count(spent);
+    chunk->work.give_back(kGrad, staging_);
   }
-  if (writes.empty()) {
-    publish(std::move(chunk));
+  if (chunk->work.writes().empty()) {
+    end_chunk(std::move(chunk), Status::ok());
     return;
   }
   Chunk* raw = chunk.release();  // handed to the completion
-  const Status started =
-      store_->write(writes, IoPriority::kBackground, [this, raw](const Status& status) {
-        std::lock_guard<std::mutex> lock(mutex_);
-        raw->written = status;
-        written_.push_back(std::unique_ptr<Chunk>(raw));
-        changed_.notify_all();
-      });
+  raw->pipeline = this;
+  const auto block_done = [](void* context, std::byte* block) {
+    auto* owner = static_cast<Chunk*>(context);
+    owner->pipeline->block_written(*owner, block);
+  };
+  const Status started = store_->write(
+      raw->work.writes(), IoPriority::kBackground,
+      [this, raw](const Status& status) { written(std::unique_ptr<Chunk>(raw), status); }, nullptr,
+      {block_done, raw});
   if (!started.is_ok()) end_chunk(std::unique_ptr<Chunk>(raw), started);
 }
 
-void UpdatePipeline::publish(std::unique_ptr<Chunk> chunk) {
-  if (!chunk->written.is_ok()) {
-    const Status status = chunk->written;
+void UpdatePipeline::block_written(Chunk& chunk, std::byte* block) {
+  Lock lock(mutex_);
+  chunk.work.give_back(block, staging_);
+  // Here and now: a thread of ours may be busy for as long as the disk takes for all it has.
+  start_what_can(lock);
+}
+
+void UpdatePipeline::written(std::unique_ptr<Chunk> chunk, const Status& status) {
+  if (!status.is_ok() || !chunk->work.must_publish()) {
     end_chunk(std::move(chunk), status);
     return;
   }
-  const std::uint64_t base = chunk->first();
-  for (const int k : {Chunk::kParam, Chunk::kExpAvg, Chunk::kExpAvgSq}) {
-    if (chunk->out[k] == chunk->in[k]) continue;
-    for (const UpdateSegment& s : chunk->job->spec.segments) {
-      const std::uint64_t from = std::max(s.begin, base);
-      const std::uint64_t to = std::min(s.end, chunk->last());
-      if (from >= to) continue;
-      const std::uint64_t skip = (from - base) * sizeof(float);
-      std::memcpy(chunk->in[k] + skip, chunk->out[k] + skip, (to - from) * sizeof(float));
-    }
+  const Lock lock(mutex_);
+  written_.push_back(std::move(chunk));
+  changed_.notify_one();
+}
+
+// --- ends ----------------------------------------------------------------------------------------
+
+void UpdatePipeline::chunk_ended(const std::shared_ptr<Job>& job, const Status& status,
+                                 std::vector<std::shared_ptr<Job>>& ended) {
+  if (!status.is_ok()) {
+    if (error_.is_ok()) error_ = status.with_context("optimizer update");
+    if (job->status.is_ok()) job->status = error_;
   }
-  end_chunk(std::move(chunk), Status::ok());
+  --job->open;
+  if (job->open == 0 && job->started == job->layout.chunks) ended.push_back(job);
+  if (error_.is_ok()) return;
+  end_unreachable(on_disk_, ended);
+  end_unreachable(in_memory_, ended);
+}
+
+void UpdatePipeline::end_unreachable(Jobs& jobs, std::vector<std::shared_ptr<Job>>& ended) {
+  // Those with open chunks are ended by the last of them.
+  const auto is_idle = [](const std::shared_ptr<Job>& job) { return job->open == 0; };
+  for (const std::shared_ptr<Job>& job : jobs) {
+    if (!is_idle(job)) continue;
+    job->status = error_;
+    ended.push_back(job);
+  }
+  jobs.erase(std::remove_if(jobs.begin(), jobs.end(), is_idle), jobs.end());
+}
+
+void UpdatePipeline::finish(const std::vector<std::shared_ptr<Job>>& ended) {
+  for (const std::shared_ptr<Job>& job : ended) {
+    job->spec = UpdateJob{};  // memory goes before a waiter wakes
+    job->transfer->finish(job->status);
+  }
+}
+
+void UpdatePipeline::retire(std::unique_ptr<Chunk> chunk, const Status& status,
+                            std::vector<std::shared_ptr<Job>>& ended) {
+  chunk->work.give_back_all(staging_);
+  chunk_ended(chunk->job, status, ended);
+  chunk->job.reset();
+  chunk->read = Status::ok();
+  idle_.push_back(std::move(chunk));
 }
 
 void UpdatePipeline::end_chunk(std::unique_ptr<Chunk> chunk, const Status& status) {
   std::vector<std::shared_ptr<Job>> ended;
+  std::uint64_t chunks = 1;
   {
-    std::lock_guard<std::mutex> lock(mutex_);
-    Job& job = *chunk->job;
-    if (chunk->staging != nullptr) free_staging_.push_back(chunk->staging);
-    if (!status.is_ok()) {
-      if (error_.is_ok()) error_ = status.with_context("optimizer update");
-      if (job.status.is_ok()) job.status = error_;
+    const Lock lock(mutex_);
+    retire(std::move(chunk), status, ended);
+    // One that waits for blocks will have none; where reads of it are open, the last one ends it.
+    if (!error_.is_ok() && taking_ != nullptr && taking_->reads_open == 0) {
+      retire(std::move(taking_), error_, ended);
+      ++chunks;
     }
-    --job.open;
-    if (job.open == 0 && (job.started == job.chunks || !error_.is_ok())) {
-      if (job.started < job.chunks) {
-        job.status = error_;
-        jobs_.erase(std::remove(jobs_.begin(), jobs_.end(), chunk->job), jobs_.end());
-      }
-      ended.push_back(chunk->job);
-    }
-    if (!error_.is_ok()) end_unreachable_jobs(ended);
   }
-  for (const auto& job : ended) {
-    const Status outcome = job->status;
-    const std::shared_ptr<Transfer> transfer = job->transfer;
-    job->spec = UpdateJob{};  // leases go before a waiter wakes
-    transfer->finish(outcome);
-  }
-  chunk.reset();
+  finish(ended);
   // Last of all: close() may end this object once no chunk is open.
-  std::lock_guard<std::mutex> lock(mutex_);
-  --chunks_open_;
+  const Lock lock(mutex_);
+  chunks_open_ -= chunks;
   changed_.notify_all();
 }
 
-void UpdatePipeline::end_unreachable_jobs(std::vector<std::shared_ptr<Job>>& ended) {
-  for (auto it = jobs_.begin(); it != jobs_.end();) {
-    if ((*it)->open == 0) {
-      (*it)->status = error_;
-      ended.push_back(*it);
-      it = jobs_.erase(it);
-    } else {
-      ++it;
-    }
-  }
-}
-
 UpdatePipeline::Stats UpdatePipeline::stats() const {
-  std::lock_guard<std::mutex> lock(mutex_);
+  const Lock lock(mutex_);
   return stats_;
 }
 
 Status UpdatePipeline::close() {
   if (!owner_.is_current()) return forked_error("close");
   {
-    std::lock_guard<std::mutex> lock(mutex_);
+    const Lock lock(mutex_);
     closing_ = true;
     changed_.notify_all();
   }
   std::call_once(joined_, [this] {
     for (EngineThread& thread : threads_) thread.join();
   });
-  std::lock_guard<std::mutex> lock(mutex_);
+  const Lock lock(mutex_);
   return error_;
 }
 

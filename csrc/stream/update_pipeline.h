@@ -1,22 +1,27 @@
-// UpdatePipeline: read | update | write of optimizer state, in native threads.
+// UpdatePipeline: read | update | write of parameters and optimizer state, in native threads.
 //
-// A job updates one unit: parameters, gradients and both AdamW moments, all laid out alike (fp32,
-// element i of each belongs together), each either in memory or an object of the swap store. Jobs
-// run in the order of submission, chunk by chunk (a chunk is one swap block: 256 Ki elements of the
-// usual one), with several chunks in flight.
+// A job (update_job.h) updates one unit by any rule and format, its operands in memory or objects
+// of the swap store, chunk by chunk (update_chunk.h), with several chunks in flight.
 //
-// Protocol of a chunk:
-//  1. take a staging set (four blocks) when any operand is on disk; read those operands into it.
-//     A moment that was never written is zero.
-//  2. update. With every operand in memory this is in place and the chunk is done.
-//  3. otherwise results go to the staging set, and one all-or-nothing write replaces the operands
-//     on disk; only when it succeeded are the results copied over the operands in memory.
-// So a chunk is updated wholly or not at all. After the first failure no further chunk starts; the
+// Protocol of a chunk with something on disk:
+//  1. take staging blocks as they become free, one chunk at a time, and read into them what is on
+//     disk. A chunk that has all its blocks needs nothing more to end, so the one that waits for
+//     some, holding others, will have them.
+//  2. update; the gradient's blocks go back.
+//  3. one all-or-nothing write replaces the operands on disk, each block of which goes back when it
+//     was written or failed to be (it is not read again); only when all succeeded are the
+//     results copied over those in memory.
+// So a chunk is updated wholly or not at all. With every operand in memory this is in place, and
+// the threads share the chunks of a job. After the first failure no further chunk starts; the
 // failed job, and every later one that had chunks left to start, end with that error, and what they
 // did not reach is unchanged.
 //
-// Thread-safe. A job keeps its leases until it is done. REQUIRES: jobs in flight at once share no
-// operand (their chunks overlap in time).
+// Order: reads start as soon as there are blocks for them, in the order of submission, from a
+// thread of ours or from the completion that freed the blocks. Of what can be computed, the older
+// job is first; so jobs in memory fill the time in which others wait for the disk.
+//
+// Thread-safe. A job keeps its memory until it is done, and gives it up before a waiter wakes.
+// REQUIRES: jobs in flight at once share no operand (their chunks overlap in time).
 #pragma once
 
 #include <cstddef>
@@ -29,45 +34,23 @@
 #include "base/status.h"
 #include "io/engine_thread.h"
 #include "mem/host_memory.h"
-#include "optim/adamw.h"
 #include "store/swap_store.h"
+#include "stream/staging_pool.h"
 #include "stream/transfer.h"
+#include "stream/update_job.h"
 #include "sys/at_fork.h"
 
 namespace offload {
 
-// Where one operand of a job is. Exactly one of `lease` and `object` is set.
-struct UpdateOperand {
-  std::shared_ptr<Lease> lease;
-  ObjectId object = kNoObject;
-  std::uint64_t nbytes = 0;  // of the lease's used part, or of the object; >= 4 * numel
-
-  bool on_disk() const { return object != kNoObject; }
-};
-
-// Elements [begin, end) of the unit: one parameter, or a part of it, with its hyperparameters.
-struct UpdateSegment {
-  std::uint64_t begin = 0;
-  std::uint64_t end = 0;
-  AdamWHyper hyper;
-  std::vector<float> factors;  // deferred factors of its gradient, applied in order
-};
-
-struct UpdateJob {
-  std::uint64_t numel = 0;
-  UpdateOperand param, grad, exp_avg, exp_avg_sq;
-  std::vector<UpdateSegment> segments;  // ascending, disjoint; elements in none stay as they are
-};
-
 class UpdatePipeline {
  public:
-  // Of one chunk's four operands.
-  static constexpr std::uint64_t staging_set_bytes(std::uint64_t block_bytes) {
-    return 4 * block_bytes;
+  // With this much staging any job can be done; more lets chunks overlap.
+  static constexpr std::uint64_t min_staging_bytes(std::uint64_t block_bytes) {
+    return UpdateLayout::most_blocks() * block_bytes;
   }
 
   struct Options {
-    unsigned staging_sets = 4;  // chunks in flight; 0 serves jobs that are wholly in memory
+    std::uint64_t staging_bytes = 0;  // whole blocks are used; 0 serves jobs wholly in memory
     unsigned threads = 1;
   };
   struct Stats {
@@ -76,7 +59,7 @@ class UpdatePipeline {
     std::uint64_t update_ns = 0;  // inside the kernels, summed over threads
   };
 
-  // `store` may be null when every job will be in memory.
+  // `store` may be null when every job will be in memory; `arena` too, without staging.
   static Result<std::shared_ptr<UpdatePipeline>> create(std::shared_ptr<SwapStore> store,
                                                         const std::shared_ptr<HostMemory>& arena,
                                                         const Options& options);
@@ -84,7 +67,8 @@ class UpdatePipeline {
   UpdatePipeline(const UpdatePipeline&) = delete;
   UpdatePipeline& operator=(const UpdatePipeline&) = delete;
 
-  // Returns at once. kInvalid when the job's ranges do not fit; the sticky error after a failure.
+  // Returns at once. kInvalid when the job makes no sense or needs more staging than there is; the
+  // sticky error after a failure.
   Result<std::shared_ptr<Transfer>> submit(UpdateJob job);
 
   Stats stats() const;
@@ -95,34 +79,56 @@ class UpdatePipeline {
  private:
   struct Job;
   struct Chunk;
+  using Jobs = std::deque<std::shared_ptr<Job>>;
+  using Lock = std::unique_lock<std::mutex>;
 
   UpdatePipeline(std::shared_ptr<SwapStore> store, Options options);
+  Result<std::shared_ptr<Job>> make_job(UpdateJob spec) const;
   void work();
-  bool can_start() const;               // REQUIRES: mutex_ held
-  std::unique_ptr<Chunk> next_chunk();  // REQUIRES: mutex_ held and can_start()
-  void start_reads(std::unique_ptr<Chunk> chunk);
+  // These are called with the mutex held, and hold it again when they return.
+  void wake_for(const Job& job);
+  bool can_start() const;
+  bool can_update_in_memory() const;
+  std::uint64_t start_index(Jobs& jobs);
+  Status next_chunk();
+  void start_reads(Lock& lock);
+  void start_what_can(Lock& lock);
+  void update_in_memory(Lock& lock);
+  std::unique_ptr<Chunk> take_chunk();
+  void count(std::uint64_t update_ns);
+  void chunk_ended(const std::shared_ptr<Job>& job, const Status& status,
+                   std::vector<std::shared_ptr<Job>>& ended);
+  void end_unreachable(Jobs& jobs, std::vector<std::shared_ptr<Job>>& ended);
+  void retire(std::unique_ptr<Chunk> chunk, const Status& status,
+              std::vector<std::shared_ptr<Job>>& ended);
+  // These without.
+  void read_done(Chunk* chunk, const Status& status);
   void update(std::unique_ptr<Chunk> chunk);
-  void publish(std::unique_ptr<Chunk> chunk);  // after its writes; copies results to memory
+  void block_written(Chunk& chunk, std::byte* block);
+  void written(std::unique_ptr<Chunk> chunk, const Status& status);
   void end_chunk(std::unique_ptr<Chunk> chunk, const Status& status);
-  void end_unreachable_jobs(std::vector<std::shared_ptr<Job>>& ended);  // REQUIRES: mutex_ held
+  static void finish(const std::vector<std::shared_ptr<Job>>& ended);
 
   const OwnerProcess owner_;
   const std::shared_ptr<SwapStore> store_;
   const Options options_;
   const std::uint64_t block_bytes_;
-  Lease staging_;
   std::vector<EngineThread> threads_;  // set by create(), joined by close()
   std::once_flag joined_;
 
   mutable std::mutex mutex_;  // guards all below
   ForkSafeCondition changed_;
+  StagingPool staging_;
   bool closing_ = false;
   Status error_;                                // sticky
-  std::deque<std::shared_ptr<Job>> jobs_;       // with chunks not started yet
+  Jobs on_disk_;                                // with chunks not started yet
+  Jobs in_memory_;                              // likewise, wholly in memory
+  std::unique_ptr<Chunk> taking_;               // has some of its blocks, or none yet
   std::deque<std::unique_ptr<Chunk>> ready_;    // read, to be updated
-  std::deque<std::unique_ptr<Chunk>> written_;  // written, to be published
-  std::vector<std::byte*> free_staging_;
-  std::uint64_t chunks_open_ = 0;  // started, not ended
+  std::deque<std::unique_ptr<Chunk>> written_;  // to be published
+  std::vector<std::unique_ptr<Chunk>> idle_;    // to be used again
+  std::uint64_t chunks_open_ = 0;               // started, not ended
+  unsigned asleep_ = 0;                         // threads
   Stats stats_;
 };
 

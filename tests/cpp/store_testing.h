@@ -48,9 +48,9 @@ struct StoreOnUring {
 // Null when this kernel refuses a ring (containers often do): the caller returns.
 template <typename Engine>
 std::shared_ptr<SwapStore> open_store(const TempDir& dir, std::uint64_t bytes = 0,
-                                      std::uint64_t spare = 0) {
-  Result<std::shared_ptr<SwapStore>> store =
-      SwapStore::open({.dirs = {{dir.path()}}, .engine = Engine::kKind, .io = {}});
+                                      std::uint64_t spare = 0, std::uint64_t block_bytes = kBlock) {
+  Result<std::shared_ptr<SwapStore>> store = SwapStore::open(
+      {.dirs = {{dir.path()}}, .engine = Engine::kKind, .io = {}, .block_bytes = block_bytes});
   if (!store.is_ok()) {
     const int err = store.status().os_errno();
     REQUIRE_MESSAGE((err == EPERM || err == ENOSYS), store.status().to_string());

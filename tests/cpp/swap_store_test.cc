@@ -1,12 +1,14 @@
 // SwapStore: round trips, versions, space, closing; on every engine.
 #include "store/swap_store.h"
 
+#include <algorithm>
 #include <cerrno>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <limits>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <utility>
 #include <vector>
@@ -328,6 +330,43 @@ TEST_CASE("SwapStore::open says what is wrong with its directory or its options"
   CHECK(std::string(threads.value()->stripes()[0].engine->name()) == "threads");
   CHECK(threads.value()->stripes()[0].engine_reason == "threads: requested");
   CHECK(dir.empty());
+}
+
+TEST_CASE_TEMPLATE("SwapStore::write tells of each block that it is done with, then of the whole",
+                   Engine, OFFLOAD_STORE_ENGINES) {
+  constexpr std::uint64_t kBlocks = 5;
+  TempDir dir;
+  auto store = open_store<Engine>(dir, kBlocks * kBlock, kBlocks * kBlock);
+  if (!store) return;
+  const std::uint64_t nbytes = (kBlocks - 1) * kBlock + 100;
+  const ObjectId object = create_object(*store, nbytes);
+  const auto bytes = random_bytes(nbytes, 1);
+  struct Seen {
+    std::mutex mutex;
+    std::vector<std::byte*> blocks;
+    std::size_t before_done = 0;
+    Pending pending;
+  };
+  for (const int err : {0, EIO}) {
+    CAPTURE(err);
+    Seen seen;
+    OpFaults faults(IoOp::kWrite, [err](unsigned n) { return n == 2 ? err : 0; });
+    const auto block_done = [](void* context, std::byte* block) {
+      auto* to = static_cast<Seen*>(context);
+      const std::lock_guard<std::mutex> lock(to->mutex);
+      to->blocks.push_back(block);
+    };
+    const auto done = [&seen, completion = seen.pending.completion()](const Status& status) {
+      seen.before_done = seen.blocks.size();
+      completion(status);
+    };
+    const std::vector<SwapStore::Range> ranges = {{object, 0, bytes->get(), nbytes}};
+    REQUIRE(store->write(ranges, IoPriority::kDemand, done, nullptr, {block_done, &seen}).is_ok());
+    CHECK(seen.pending.wait().os_errno() == err);
+    CHECK(seen.before_done == kBlocks);
+    std::sort(seen.blocks.begin(), seen.blocks.end());
+    for (std::uint64_t i = 0; i < kBlocks; ++i) CHECK(seen.blocks[i] == bytes->get() + i * kBlock);
+  }
 }
 
 TEST_CASE("SwapStore::footprint counts whole blocks, of any size allowed") {

@@ -1,11 +1,12 @@
-// What the tests of the update pipeline share: units with their operands in memory or in a store,
-// and what their update must give.
+// What the tests of the update pipeline share: units with operands of any format wherever a job may
+// have them, and what their update must give.
 //
 // Not thread-safe: all of it belongs to the test's thread.
 #pragma once
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -17,15 +18,48 @@
 #include "doctest/doctest.h"
 #include "io_testing.h"
 #include "mem/make_host_memory.h"
-#include "optim/adamw.h"
 #include "store_testing.h"
 #include "stream/update_pipeline.h"
 
 namespace offload {
 
-inline constexpr std::uint64_t kChunk = (kBlock / sizeof(float));
-enum Operand { kParam, kGrad, kExpAvg, kExpAvgSq, kOperands };
-using Arrays = std::array<std::vector<float>, kOperands>;
+// Small blocks: many chunks without much data.
+inline constexpr std::uint64_t kUpdateBlock = SwapStoreOptions::kMinBlockBytes;
+
+using Bytes = std::vector<std::byte>;
+struct Arrays {
+  std::array<Bytes, kUpdateRoles> operands;
+  std::array<Bytes, kMaxStates> scales;
+};
+
+enum class Home { kMemory, kBorrowed, kDisk, kLoaded };
+inline constexpr Home kHomes[] = {Home::kMemory, Home::kBorrowed, Home::kDisk, Home::kLoaded};
+inline constexpr ElementType kElementTypes[] = {ElementType::kFloat32, ElementType::kBfloat16,
+                                                ElementType::kFloat16};
+inline constexpr StateFormat kStateFormats[] = {StateFormat::kFloat32, StateFormat::kBfloat16,
+                                                StateFormat::kInt8};
+
+inline bool on_disk(Home home) {
+  return home == Home::kDisk || home == Home::kLoaded;
+}
+
+struct UnitPlan {
+  std::uint64_t numel = 0;
+  UpdateFormat format;
+  Rule rule = Rule::kAdamW;
+  std::array<Home, kUpdateRoles> homes = {};  // of roles that the format or rule does not have: any
+  bool whole = false;  // one segment of everything, else several and gaps between them
+  // Of states and master copies on disk: which blocks were never written.
+  enum Fresh { kNone, kAll, kSome } fresh = kNone;
+  float initial = 0;
+
+  static UnitPlan everywhere(Home home, std::uint64_t numel) {
+    UnitPlan plan;
+    plan.numel = numel;
+    plan.homes.fill(home);
+    return plan;
+  }
+};
 
 inline std::shared_ptr<HostMemory> make_arena() {
   auto arena = make_host_memory(std::uint64_t{160} << 20, {.poison = true});
@@ -33,29 +67,64 @@ inline std::shared_ptr<HostMemory> make_arena() {
   return arena.take();
 }
 
+// Null when this kernel refuses a ring: the caller returns.
+template <typename Engine>
+std::shared_ptr<SwapStore> open_update_store(const TempDir& dir) {
+  constexpr std::uint64_t kBytes = std::uint64_t{64} << 20;
+  return open_store<Engine>(dir, kBytes, kBytes, kUpdateBlock);
+}
+
 inline std::shared_ptr<UpdatePipeline> make_pipeline(const std::shared_ptr<SwapStore>& store,
                                                      const std::shared_ptr<HostMemory>& arena,
-                                                     unsigned staging_sets, unsigned threads) {
-  auto pipeline = UpdatePipeline::create(store, arena, {staging_sets, threads});
+                                                     std::uint64_t staging_blocks,
+                                                     unsigned threads) {
+  auto pipeline = UpdatePipeline::create(store, arena, {staging_blocks * kUpdateBlock, threads});
   REQUIRE_MESSAGE(pipeline.is_ok(), pipeline.status().to_string());
   return pipeline.take();
 }
 
-inline std::vector<UpdateSegment> random_segments(std::uint64_t numel, std::mt19937_64& random) {
-  std::vector<std::uint64_t> cuts = {0, numel};
-  for (int i = 0; i < 5; ++i) cuts.push_back(random() % (numel + 1));
-  std::sort(cuts.begin(), cuts.end());
+// Most states that segments of the rule have here.
+inline std::size_t states_of(Rule rule) {
+  switch (rule) {
+    case Rule::kAdam:
+    case Rule::kRmsprop:
+      return 3;
+    case Rule::kAdamW:
+      return 2;
+    default:
+      return 1;
+  }
+}
+
+inline RuleHyper random_hyper(Rule rule, std::mt19937_64& random) {
+  RuleHyper hyper;
+  hyper.rule = rule;
+  hyper.lr = 1e-3 * static_cast<double>(1 + random() % 50);
+  hyper.beta1 = random() % 2 == 0 ? 0.9 : 0.3;
+  hyper.beta2 = 0.999;
+  hyper.eps = 1e-8;
+  hyper.weight_decay = 0.01 * static_cast<double>(random() % 3);
+  hyper.alpha = 0.99;
+  hyper.step = static_cast<double>(1 + random() % 9);
+  hyper.maximize = random() % 4 == 0;
+  hyper.amsgrad = rule == Rule::kAdam && random() % 4 != 0;
+  hyper.momentum = random() % 4 == 0 ? 0 : 0.9;
+  hyper.centered = hyper.momentum != 0;
+  return hyper;
+}
+
+inline std::vector<UpdateSegment> random_segments(const UnitPlan& plan, std::mt19937_64& random) {
+  std::vector<std::uint64_t> cuts = {0, plan.numel};
+  if (!plan.whole) {
+    // At multiples of what all formats take.
+    for (int i = 0; i < 5; ++i) cuts.push_back(random() % (plan.numel + 1) / 256 * 256);
+    std::sort(cuts.begin(), cuts.end());
+  }
   std::vector<UpdateSegment> segments;
   for (std::size_t i = 0; i + 1 < cuts.size(); ++i) {
     if (i > 0 && random() % 4 == 0) continue;  // a gap; segments of nothing occur too
-    UpdateSegment segment{cuts[i], cuts[i + 1], {}, {}};
-    segment.hyper = {.lr = 1e-3 * static_cast<double>(1 + random() % 50),
-                     .beta1 = random() % 2 == 0 ? 0.9 : 0.3,
-                     .beta2 = 0.999,
-                     .eps = 1e-8,
-                     .weight_decay = 0.01 * static_cast<double>(random() % 3),
-                     .step = static_cast<double>(1 + random() % 9),
-                     .maximize = random() % 4 == 0};
+    UpdateSegment segment{cuts[i], cuts[i + 1], random_hyper(plan.rule, random), {}, random() % 9};
+    if (!plan.whole && segment.end > segment.begin && random() % 2 == 0) --segment.end;
     for (std::uint64_t n = random() % 3; n > 0; --n) {
       segment.factors.push_back(0.25f + 0.001f * static_cast<float>(random() % 700));
     }
@@ -64,130 +133,74 @@ inline std::vector<UpdateSegment> random_segments(std::uint64_t numel, std::mt19
   return segments;
 }
 
-// More random numbers than a unit has elements, made once: in [low, low + 1).
-inline std::vector<float> random_pool(float low) {
-  std::minstd_rand random(7);
-  std::vector<float> pool(4 * kChunk);
-  for (float& x : pool) x = static_cast<float>(random()) * 0x1p-31f + low;
-  return pool;
+inline std::vector<float> random_floats(std::uint64_t n, float low, std::mt19937_64& seed) {
+  std::minstd_rand random(static_cast<unsigned>(seed() | 1));
+  std::vector<float> values(n);
+  for (float& x : values) x = static_cast<float>(random()) * 0x1p-31f + low;
+  return values;
 }
 
-inline const std::vector<float>& signed_pool() {
-  static const std::vector<float> pool = random_pool(-0.5f);
-  return pool;
+template <typename T>
+Bytes as_bytes(const std::vector<T>& values) {
+  Bytes bytes(values.size() * sizeof(T));
+  std::memcpy(bytes.data(), values.data(), bytes.size());
+  return bytes;
 }
 
-inline const std::vector<float>& positive_pool() {
-  static const std::vector<float> pool = random_pool(0.0f);
-  return pool;
+// Values of the type within (-1, 1).
+inline Bytes random_elements(ElementType type, std::uint64_t n, std::mt19937_64& random) {
+  if (type == ElementType::kFloat32) return as_bytes(random_floats(n, -0.5f, random));
+  std::vector<std::uint16_t> bits(n);
+  std::minstd_rand next(static_cast<unsigned>(random() | 1));
+  for (std::uint16_t& x : bits) {
+    const auto r = static_cast<std::uint32_t>(next());
+    const std::uint32_t exponent =
+        type == ElementType::kBfloat16 ? (119 + r % 8) << 7 : (7 + r % 8) << 10;
+    const std::uint32_t mantissa = r >> 8 & (type == ElementType::kBfloat16 ? 0x7f : 0x3ff);
+    x = static_cast<std::uint16_t>((r >> 5 & 1) << 15 | exponent | mantissa);
+  }
+  return as_bytes(bits);
 }
 
-// A unit whose operands lie in memory or, where bit k of `on_disk` is set, in the store; what they
-// hold before its update and what they must hold after it.
-class Unit {
- public:
-  Unit(SwapStore* store, HostMemory& arena, std::uint64_t numel, unsigned on_disk,
-       bool fresh_moments, std::mt19937_64& random)
-      : store_(store) {
-    job_.numel = numel;
-    job_.segments = random_segments(numel, random);
-    for (int k = 0; k < kOperands; ++k) {
-      const bool zero = fresh_moments && (k == kExpAvg || k == kExpAvgSq);
-      before[k].resize(numel);
-      if (!zero) {
-        const std::vector<float>& pool = k == kExpAvgSq ? positive_pool() : signed_pool();
-        const auto from = pool.begin() + static_cast<long>(random() % (pool.size() - numel));
-        std::copy_n(from, numel, before[k].begin());
-      }
-      place(k, (on_disk >> k & 1) != 0, zero, arena);
-    }
-    after = before;
-    for (const UpdateSegment& s : job_.segments) {
-      adamw_update(s.hyper, {s.factors.data(), s.factors.size()}, after[kParam].data() + s.begin,
-                   after[kGrad].data() + s.begin, after[kExpAvg].data() + s.begin,
-                   after[kExpAvgSq].data() + s.begin, after[kParam].data() + s.begin,
-                   after[kExpAvg].data() + s.begin, after[kExpAvgSq].data() + s.begin,
-                   s.end - s.begin);
-    }
-  }
-
-  const UpdateJob& job() const { return job_; }
-  UpdateOperand& operand(int k) {
-    UpdateOperand* const all[] = {&job_.param, &job_.grad, &job_.exp_avg, &job_.exp_avg_sq};
-    return *all[k];
-  }
-
-  // What the operands hold now, from wherever they are.
-  Arrays now() {
-    Arrays arrays;
-    for (int k = 0; k < kOperands; ++k) {
-      arrays[k].resize(job_.numel);
-      const UpdateOperand& from = operand(k);
-      if (!from.on_disk()) {
-        std::memcpy(arrays[k].data(), from.lease->data(), job_.numel * sizeof(float));
-        continue;
-      }
-      for (std::uint64_t at = 0; at < from.nbytes; at += kBlock) {
-        if (!store_->written(from.object, at).value()) continue;  // zero
-        const std::uint64_t nbytes = std::min(kBlock, from.nbytes - at);
-        const Buffer buffer(nbytes);
-        const Status status = read_now(*store_, {{from.object, at, buffer.get(), nbytes}});
-        REQUIRE_MESSAGE(status.is_ok(), status.to_string());
-        std::memcpy(reinterpret_cast<std::byte*>(arrays[k].data()) + at, buffer.get(), nbytes);
-      }
-    }
-    return arrays;
-  }
-
-  bool leases_are_free() {
-    for (int k = 0; k < kOperands; ++k) {
-      if (!operand(k).on_disk() && operand(k).lease.use_count() != 2) return false;
-    }
-    return true;
-  }
-
-  Arrays before;
-  Arrays after;
-
- private:
-  void place(int k, bool on_disk, bool unwritten, HostMemory& arena) {
-    const std::uint64_t nbytes = job_.numel * sizeof(float);
-    Result<Lease> lease = arena.allocate(nbytes);
-    REQUIRE_MESSAGE(lease.is_ok(), lease.status().to_string());
-    std::memcpy(lease.value().data(), before[k].data(), nbytes);
-    if (!on_disk) {
-      leases_[k] = std::make_shared<Lease>(lease.take());
-      operand(k) = {leases_[k], kNoObject, nbytes};
-      return;
-    }
-    operand(k) = {nullptr, create_object(*store_, nbytes), nbytes};
-    if (unwritten) return;
-    const Status status =
-        write_now(*store_, {{operand(k).object, 0, lease.value().data(), nbytes}});
-    REQUIRE_MESSAGE(status.is_ok(), status.to_string());
-  }
-
-  SwapStore* store_;
-  UpdateJob job_;
-  std::array<std::shared_ptr<Lease>, kOperands> leases_;  // beside job_: two owners when idle
-};
-
-inline bool same_bits(const std::vector<float>& a, const std::vector<float>& b, std::uint64_t first,
-                      std::uint64_t last) {
-  return std::memcmp(a.data() + first, b.data() + first, (last - first) * sizeof(float)) == 0;
+// The reference for the first value of a master copy. REQUIRES: no subnormal, infinity or NaN.
+inline float widened(ElementType type, std::uint16_t bits) {
+  const bool is_bfloat = type == ElementType::kBfloat16;
+  const int mantissa_bits = is_bfloat ? 7 : 10;
+  const int exponent = (bits & 0x7fff) >> mantissa_bits;
+  const int mantissa = bits & ((1 << mantissa_bits) - 1);
+  const float value = std::ldexp(1.0f + std::ldexp(static_cast<float>(mantissa), -mantissa_bits),
+                                 exponent - (is_bfloat ? 127 : 15));
+  return (bits & 0x8000) != 0 ? -value : value;
 }
 
-inline bool equal(const Arrays& a, const Arrays& b) {
-  for (int k = 0; k < kOperands; ++k) {
-    if (!same_bits(a[k], b[k], 0, a[k].size())) return false;
+// One step of all segments on plain arrays, each in one call.
+inline void update_arrays(const UpdateJob& job, std::array<std::uint64_t, kUpdateRoles> width,
+                          Arrays& arrays) {
+  for (const UpdateSegment& s : job.segments) {
+    if (s.begin == s.end) continue;
+    const auto at = [&](unsigned role) {
+      return arrays.operands[role].data() + s.begin * width[role];
+    };
+    UpdateArrays call;
+    call.n = s.end - s.begin;
+    call.param = call.param_out = at(kParam);
+    call.grad = at(kGrad);
+    if (job.format.has_master()) {
+      call.master = call.master_out = reinterpret_cast<float*>(at(kMaster));
+    }
+    for (unsigned k = 0; k < state_count(s.hyper); ++k) {
+      call.state[k] = call.state_out[k] = at(kState + k);
+      if (job.format.state != StateFormat::kInt8) continue;
+      auto* scales = reinterpret_cast<float*>(arrays.scales[k].data());
+      call.scale[k] = call.scale_out[k] = scales + s.begin / kQuantBlock;
+    }
+    update(s.hyper, job.format, {s.factors.data(), s.factors.size()}, {job.seed, s.parameter, 0},
+           call);
   }
-  return true;
 }
 
-inline std::shared_ptr<Transfer> submit(UpdatePipeline& pipeline, const Unit& unit) {
-  auto transfer = pipeline.submit(unit.job());
-  REQUIRE_MESSAGE(transfer.is_ok(), transfer.status().to_string());
-  return transfer.take();
+inline bool same(const Arrays& a, const Arrays& b) {
+  return a.operands == b.operands && a.scales == b.scales;
 }
 
 }  // namespace offload
