@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
 from offload import _native
-from offload.errors import OffloadError, SwapSpaceError
 from offload.planner import DiskSpec, UnitSpec, place, smallest_budget
 from offload.policy import Policy
 from offload.tiers.context import RuntimeContext
-from offload.tiers.disk_profile import DiskProfile, disk_profile
+from offload.tiers.disk_profile import DiskProfile
 from offload.tiers.mover import Mover
-
-_PHASE_BYTES = 32 << 20
-"""Read or written at a time on a disk that does not take a mix well: long enough that a change of
-direction costs little, short enough that a fetch does not wait long for its turn."""
+from offload.tiers.swap_space import SwapSpace, profile_disks, store_memory
+from offload.tiers.update_staging import open_pipeline
 
 
 class Resources:
@@ -31,28 +27,20 @@ class Resources:
         self.policy = policy
         self.profiles: tuple[DiskProfile, ...] = ()
         must_spill = policy.budget.host_bytes < smallest_budget(specs, None)
-        if policy.swap_dirs and policy.calibrate_disk and must_spill:
-            self.profiles = tuple(disk_profile(folder) for folder in policy.swap_dirs)
+        if must_spill:
+            self.profiles = profile_disks(policy)
         self.plan = place(specs, policy.budget.host_bytes, self._disk_spec())
 
     def _disk_spec(self) -> DiskSpec | None:
         policy = self.policy
         if not policy.swap_dirs:
             return None
-        store_bytes = 0
-        if policy.encrypt_swap:
-            store_bytes = _native.SwapStore.bounce_bytes_for(
-                len(policy.swap_dirs), policy.queue_depth, policy.block_bytes
-            )
-        if not self._measured:
+        store_bytes = store_memory(policy)
+        if not self.profiles or not all(p.measured for p in self.profiles):
             return DiskSpec(policy.block_bytes, store_bytes)
         reads = sum(p.read_bps for p in self.profiles)
         writes = sum(p.write_bps for p in self.profiles)
         return DiskSpec(policy.block_bytes, store_bytes, reads / writes)
-
-    @property
-    def _measured(self) -> bool:
-        return bool(self.profiles) and all(p.measured for p in self.profiles)
 
     def open(self) -> RuntimeContext:
         """Return the context in which the plan is carried out.
@@ -61,64 +49,29 @@ class Resources:
             SwapSpaceError, SwapIOError: the swap directories cannot take what must be spilled.
             BudgetError: the system refuses the memory.
         """
-        store = self._open_store() if self.plan.spills else None
+        space = SwapSpace(self.policy, self.profiles) if self.plan.spills else None
         try:
-            return self._fill_context(store)
+            return self._fill_context(space)
         except BaseException:
-            if store is not None:
-                store.close()  # the exception may be kept, and the file with it
+            if space is not None:
+                space.store.close()  # the exception may be kept, and the file with it
             raise
 
-    def _open_store(self) -> _native.SwapStore:
-        policy = self.policy
-        if not policy.swap_dirs:
-            raise OffloadError("the plan spills without a swap directory (internal error)")
-        return _native.SwapStore(
-            list(policy.swap_dirs),
-            policy.io_engine,
-            policy.queue_depth,
-            block_bytes=policy.block_bytes,
-            rates=[p.turns_bps for p in self.profiles] if self._measured else [],
-            phase_bytes=[_PHASE_BYTES if p.phases else 0 for p in self.profiles],
-            encrypt=policy.encrypt_swap,
-        )
-
-    def _fill_context(self, store: _native.SwapStore | None) -> RuntimeContext:
+    def _fill_context(self, space: SwapSpace | None) -> RuntimeContext:
         policy, plan = self.policy, self.plan
-        if store is not None:
-            self._reserve(store)
-        home = _native.HostArena(plan.pinned_bytes, policy.debug)
+        store = space.store if space is not None else None
+        if space is not None:
+            objects = sum(
+                (not p.pin_params) + (not p.pin_grads) + p.unit.state_slabs * (not p.pin_state)
+                for p in plan.placements
+            )
+            space.reserve(sum(plan.disk_bytes().values()), objects)
+        # What the plan leaves free is for an optimizer that keeps more state than AdamW.
+        home = _native.HostArena(plan.pinned_bytes + plan.free_bytes, policy.debug)
         ring = _native.HostArena(plan.ring_bytes, policy.debug) if plan.ring_bytes else None
         if store is not None:
             for arena in (home, ring):
                 if arena is not None:
                     store.add_memory(arena)
-        threads = 1 if plan.spills else len(os.sched_getaffinity(0))
-        pipeline = _native.UpdatePipeline(store, home, plan.staging_sets, threads)
-        return RuntimeContext(policy, plan, Mover(home, ring, store), pipeline)
-
-    def _reserve(self, store: _native.SwapStore) -> None:
-        plan, block = self.plan, store.block_bytes
-        objects = sum(
-            (not p.pin_params) + (not p.pin_grads) + 2 * (not p.pin_state) for p in plan.placements
-        )
-        wanted = sum(plan.disk_bytes().values()) + objects * block
-        spare = min(plan.budget_bytes, wanted) + objects * block
-        limit = self.policy.budget.disk_bytes
-        if limit is not None and wanted + spare > limit:
-            raise SwapSpaceError(
-                28,
-                f"Budget(disk={limit}) is too small: {wanted} bytes live on disk and {spare} more "
-                f"are needed while they are replaced, {wanted + spare} in all",
-            )
-        store.reserve(wanted, spare)
-
-    def notes(self, store: _native.SwapStore | None) -> tuple[str, ...]:
-        """Return which choices were made, and why."""
-        if store is None:
-            return ()
-        notes = [f"I/O engine: {store.engine} ({store.engine_reason})"]
-        if store.encrypted:
-            notes.append("swap is encrypted (AES-256-XTS, key in memory only)")
-        notes += [p.note for p in self.profiles if p.note]
-        return (*notes, store.note) if store.note else tuple(notes)
+        pipeline = open_pipeline(store, home, plan.staging_bytes)
+        return RuntimeContext(policy, plan, Mover(home, ring, store), pipeline, space)
