@@ -1,0 +1,84 @@
+"""Parameters of wrapped models during a step: their units in memory, their gradients tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+
+from offload.tiers.grad_handle import GradHandle
+from offload.tiers.unit import OffloadedParam, Unit
+
+
+class AttachedUnit:
+    """Holds the unit of the parameter that is stepped; a context manager.
+
+    Consecutive parameters of one unit are stepped without letting go of it.
+    """
+
+    def __init__(self) -> None:
+        """Hold nothing yet."""
+        self._unit: Unit | None = None
+        self._held: AbstractContextManager[None] | None = None
+
+    def __enter__(self) -> AttachedUnit:
+        """Hold nothing yet."""
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        """Let go of the last unit."""
+        self.use(None)
+
+    def use(self, owner: OffloadedParam | None) -> None:
+        """Have the unit of `owner` attached and let go of another one; None: only let go."""
+        unit = owner.unit if owner is not None else None
+        if unit is self._unit:
+            return
+        held, self._unit, self._held = self._held, None, None
+        if held is not None:
+            held.__exit__(None, None, None)
+        if owner is not None:
+            held = owner.context.held(owner.unit)
+            held.__enter__()
+            self._unit, self._held = owner.unit, held
+
+
+@contextmanager
+def gradient_as_tensor(param: torch.Tensor, owner: OffloadedParam | None) -> Iterator[None]:
+    """Let ``param.grad`` be an ordinary tensor within a block; changes to it are kept.
+
+    It is the gradient slab's memory. With a deferred factor (of clipping, say), it is a copy.
+    """
+    handle = param.grad
+    if owner is None or not isinstance(handle, GradHandle):
+        yield
+        return
+    context, state, slab = owner.context, handle._state, owner.unit.grad_slab
+    if slab is not None:
+        slab.locks += 1
+    try:
+        is_copy = state.zero or bool(state.factors)
+        real = state.materialize() if is_copy else context.read_grad(owner)
+        version = real._version
+        param.grad = real
+        try:
+            yield
+        finally:
+            if param.grad is real:
+                param.grad = handle
+                if real._version != version:
+                    _keep_changes(handle, real, is_copy)
+    finally:
+        if slab is not None:
+            slab.locks -= 1
+
+
+def _keep_changes(handle: GradHandle, real: torch.Tensor, is_copy: bool) -> None:
+    state = handle._state
+    if is_copy:
+        state.store(real)
+    else:
+        state.owner.context.modify_grad(state.owner)
+        state.norms.clear()
