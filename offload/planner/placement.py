@@ -18,10 +18,10 @@ SMALL_BYTES = 64 << 10
 """Units up to this size (norms, biases) are never spilled: a transfer of them costs a request and
 saves next to nothing."""
 
-STAGED_BLOCKS = 4
-"""Of one chunk of an update: parameters, gradients, two moments."""
-_LEAST_STAGING_SETS = 2
-_MOST_STAGING_SETS = 8
+LEAST_STAGING_BLOCKS = 12
+"""The widest chunk of an update, of any rule and format, takes as many
+(``UpdatePipeline.min_staging_bytes``)."""
+_MOST_STAGING_BLOCKS = 32
 
 
 def smallest_budget(units: Sequence[UnitSpec], disk: DiskSpec | None) -> int:
@@ -35,8 +35,9 @@ def smallest_budget(units: Sequence[UnitSpec], disk: DiskSpec | None) -> int:
     if disk is None:
         return everything
     spillable = [u for u in units if not _is_kept(u)]
-    staging = _LEAST_STAGING_SETS * STAGED_BLOCKS * disk.block_bytes + disk.store_bytes
-    return min(everything, _kept_bytes(units) + staging + _least_ring(spillable))
+    staging = LEAST_STAGING_BLOCKS * disk.block_bytes + disk.store_bytes
+    scales = sum(u.scale_bytes for u in units)
+    return min(everything, _kept_bytes(units) + scales + staging + _least_ring(spillable))
 
 
 def place(units: Sequence[UnitSpec], budget_bytes: int, disk: DiskSpec | None) -> Plan:
@@ -54,20 +55,21 @@ def place(units: Sequence[UnitSpec], budget_bytes: int, disk: DiskSpec | None) -
         )
     if disk is None or budget_bytes >= _everything(units):
         pinned = tuple(Placement(u, True, True, True) for u in units)
-        return Plan(budget_bytes, 0, 0, 0, 0, pinned)
+        return Plan(budget_bytes, 0, 0, 0, pinned)
 
-    set_bytes = STAGED_BLOCKS * disk.block_bytes
-    staging_sets = min(
-        _MOST_STAGING_SETS, max(_LEAST_STAGING_SETS, budget_bytes // 32 // set_bytes)
+    block_bytes = disk.block_bytes
+    staging_blocks = min(
+        _MOST_STAGING_BLOCKS, max(LEAST_STAGING_BLOCKS, budget_bytes // 32 // block_bytes)
     )
     flat = [u for u in units if not _is_kept(u)]
     values = sum(u.param_bytes + u.grad_bytes for u in flat)
-    room = budget_bytes - disk.store_bytes - _kept_bytes(units)
-    left = room - staging_sets * set_bytes
+    scales = sum(u.scale_bytes for u in units)
+    room = budget_bytes - disk.store_bytes - _kept_bytes(units) - scales
+    left = room - staging_blocks * block_bytes
     if left < _least_ring(flat):
-        staging_sets = _LEAST_STAGING_SETS
-        left = room - staging_sets * set_bytes
-    largest = max(_largest(flat))
+        staging_blocks = LEAST_STAGING_BLOCKS
+        left = room - staging_blocks * block_bytes
+    largest = max(*_largest(flat), _largest_state(flat))
     if left >= values + largest:  # the ring serves to read optimizer state out
         ring, pins = largest, {(i, kind) for i in range(len(units)) for kind in ("param", "grad")}
         left -= values + largest
@@ -79,8 +81,8 @@ def place(units: Sequence[UnitSpec], budget_bytes: int, disk: DiskSpec | None) -
     placements = []
     for i, unit in enumerate(units):
         kept = _is_kept(unit)
-        pin_state = kept or 0 < 2 * unit.grad_bytes <= left
-        left -= 2 * unit.grad_bytes if pin_state and not kept else 0
+        pin_state = kept or 0 < unit.state_bytes <= left
+        left -= unit.state_bytes if pin_state and not kept else 0
         placements.append(
             Placement(
                 unit,
@@ -91,16 +93,16 @@ def place(units: Sequence[UnitSpec], budget_bytes: int, disk: DiskSpec | None) -
         )
     return Plan(
         budget_bytes,
-        staging_sets,
-        staging_sets * set_bytes,
+        staging_blocks * block_bytes,
         disk.store_bytes,
         ring + left,
         tuple(placements),
+        scales,
     )
 
 
 def _everything(units: Sequence[UnitSpec]) -> int:
-    return sum(u.param_bytes + 3 * u.grad_bytes for u in units)
+    return sum(u.param_bytes + u.grad_bytes + u.state_bytes for u in units)
 
 
 def _is_kept(unit: UnitSpec) -> bool:
@@ -109,7 +111,7 @@ def _is_kept(unit: UnitSpec) -> bool:
 
 def _kept_bytes(units: Sequence[UnitSpec]) -> int:
     """Host memory of units that are never spilled, their optimizer state included."""
-    return sum(u.param_bytes + 3 * u.grad_bytes for u in units if _is_kept(u))
+    return sum(u.param_bytes + u.grad_bytes + u.state_bytes for u in units if _is_kept(u))
 
 
 def _largest(units: Sequence[UnitSpec]) -> tuple[int, int]:
@@ -117,20 +119,25 @@ def _largest(units: Sequence[UnitSpec]) -> tuple[int, int]:
     return params, max((u.grad_bytes for u in units), default=0)
 
 
+def _largest_state(units: Sequence[UnitSpec]) -> int:
+    return max((u.state_slab_bytes for u in units), default=0)
+
+
 def _least_ring(units: Sequence[UnitSpec]) -> int:
     """Bytes in which the largest unit can be used wherever another slab lies.
 
     At the most one other slab is held while one is placed; around it, one of two gaps has half of
-    what is left. Hence both slabs of the largest unit, and the larger of them once more.
+    what is left. Hence both slabs of the largest unit, and the larger of them once more. Of 16-bit
+    parameters a slab of state is larger, and the first one is made while the parameters are held.
     """
     params, grads = _largest(units)
-    return params + grads + max(params, grads)
+    return max(params + grads + max(params, grads), params + 2 * _largest_state(units))
 
 
 def _good_ring(units: Sequence[UnitSpec]) -> int:
     """Bytes that let the next unit arrive and the previous one leave while one is used."""
     params, grads = _largest(units)
-    return 2 * params + 3 * grads
+    return max(2 * params + 3 * grads, _least_ring(units))
 
 
 def _pin_values(

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+_MOST_STATES = 3
+"""That any update rule has."""
+
 
 @dataclass(frozen=True)
 class UnitSpec:
@@ -12,16 +15,41 @@ class UnitSpec:
     Attributes:
         name: for messages and tables.
         param_bytes: of the slab with all parameters.
-        grad_bytes: of the slab with all gradients; 0 when the unit is frozen. Each of the two
-            moments of AdamW takes the same.
+        grad_bytes: of the slab with all gradients; 0 when the unit is frozen.
         nested: the unit's module contains other units, so it stays in use while they come and go;
             nothing of it is ever spilled.
+        element_bytes: of one parameter element; all of the unit's have one dtype.
     """
 
     name: str
     param_bytes: int
     grad_bytes: int
     nested: bool = False
+    element_bytes: int = 4
+
+    @property
+    def state_bytes(self) -> int:
+        """What the plan keeps for optimizer state: AdamW's two moments in fp32.
+
+        For 16-bit parameters they are twice as wide, and an fp32 copy of the parameters is a third.
+        """
+        return self.state_slabs * self.state_slab_bytes
+
+    @property
+    def state_slabs(self) -> int:
+        """How many slabs ``state_bytes`` are."""
+        return 3 if self.element_bytes == 2 else 2
+
+    @property
+    def scale_bytes(self) -> int:
+        """What the scales of int8 states take, which are always in memory: one per 256 elements."""
+        nbytes = -(-self.grad_bytes // (self.element_bytes * 256)) * 4
+        return _MOST_STATES * (-(-nbytes // 4096) * 4096)
+
+    @property
+    def state_slab_bytes(self) -> int:
+        """Bytes of one of them."""
+        return 2 * self.grad_bytes if self.element_bytes == 2 else self.grad_bytes
 
 
 @dataclass(frozen=True)
@@ -64,27 +92,28 @@ class Plan:
 
     Attributes:
         budget_bytes: the host budget.
-        staging_sets: chunks of optimizer state in flight.
-        staging_bytes: what they take in all.
+        staging_bytes: what chunks of the update pass through.
         store_bytes: what the swap store itself takes.
         ring_bytes: host memory through which spilled slabs pass.
         placements: one per unit.
+        scale_bytes: host memory for the scales of int8 states, whose states may be on disk. With
+            other states it is room for state.
     """
 
     budget_bytes: int
-    staging_sets: int
     staging_bytes: int
     store_bytes: int
     ring_bytes: int
     placements: tuple[Placement, ...]
+    scale_bytes: int = 0
 
     def host_bytes(self) -> dict[str, int]:
         """Bytes that stay in host memory, by kind."""
         return {
             "parameters": sum(p.unit.param_bytes for p in self.placements if p.pin_params),
             "gradients": sum(p.unit.grad_bytes for p in self.placements if p.pin_grads),
-            "optimizer state": sum(2 * p.unit.grad_bytes for p in self.placements if p.pin_state),
-            "staging": self.staging_bytes + self.store_bytes + self.ring_bytes,
+            "optimizer state": sum(p.unit.state_bytes for p in self.placements if p.pin_state),
+            "staging": self.staging_bytes + self.store_bytes + self.ring_bytes + self.scale_bytes,
         }
 
     def disk_bytes(self) -> dict[str, int]:
@@ -92,9 +121,7 @@ class Plan:
         return {
             "parameters": sum(p.unit.param_bytes for p in self.placements if not p.pin_params),
             "gradients": sum(p.unit.grad_bytes for p in self.placements if not p.pin_grads),
-            "optimizer state": sum(
-                2 * p.unit.grad_bytes for p in self.placements if not p.pin_state
-            ),
+            "optimizer state": sum(p.unit.state_bytes for p in self.placements if not p.pin_state),
             "staging": 0,
         }
 
@@ -104,20 +131,16 @@ class Plan:
         return sum(self.host_bytes().values()) - self.ring_bytes - self.store_bytes
 
     @property
+    def free_bytes(self) -> int:
+        """What of the budget nothing was planned for."""
+        return self.budget_bytes - sum(self.host_bytes().values())
+
+    @property
+    def state_room_bytes(self) -> int:
+        """Host memory that optimizer state may take, whatever its layout is."""
+        return self.host_bytes()["optimizer state"] + self.scale_bytes + self.free_bytes
+
+    @property
     def spills(self) -> bool:
         """True when anything lives on disk."""
         return any(self.disk_bytes().values())
-
-    def step_traffic(self, micro_batches: int) -> Traffic:
-        """Bytes that one optimizer step moves at the most, with `micro_batches` accumulated.
-
-        Parameters on disk are read for each forward and each backward; gradients are written after
-        each backward and read back before the next one adds to them; the update reads and writes
-        what of parameters, gradients and state is on disk.
-        """
-        disk = self.disk_bytes()
-        params, grads, state = disk["parameters"], disk["gradients"], disk["optimizer state"]
-        return Traffic(
-            read=2 * micro_batches * params + micro_batches * grads + params + state,
-            written=micro_batches * grads + params + state,
-        )

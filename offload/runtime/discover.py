@@ -13,10 +13,10 @@ from offload.errors import PolicyError, UnsupportedError
 
 @dataclass
 class FoundUnit:
-    """A module and the parameters that are fetched when it runs.
+    """A module and parameters that are fetched when it runs.
 
     Attributes:
-        own: parameters that belong to this unit, with their qualified names.
+        own: parameters that belong to this unit, of one dtype, with their qualified names.
         nested: the module contains other units.
     """
 
@@ -43,7 +43,8 @@ def find_units(model: nn.Module, names: Sequence[str] | None, limit: int) -> Dis
 
     With `names`, these modules are units, whole. Otherwise the children of every ModuleList and
     Sequential are, split into their own children while they hold more than `limit` bytes. What
-    remains becomes units of its own: each module that owns parameters directly.
+    remains becomes units of its own: each module that owns parameters directly. Where a module's
+    parameters are of several dtypes, those of each are a unit.
 
     Raises:
         PolicyError: a name is not a module, or one named module contains another.
@@ -80,7 +81,24 @@ def find_units(model: nn.Module, names: Sequence[str] | None, limit: int) -> Dis
         ]
         if foreign:
             shared.append((module, foreign))
-    return Discovery(units, shared)
+    return Discovery([part for unit in units for part in _by_dtype(unit)], shared)
+
+
+def _by_dtype(unit: FoundUnit) -> list[FoundUnit]:
+    """Split `unit` into units of one dtype each: an optimizer updates a unit in one format."""
+    own: dict[torch.dtype, list[tuple[str, nn.Parameter]]] = {}
+    for name, param in unit.own:
+        own.setdefault(param.dtype, []).append((name, param))
+    if len(own) == 1:
+        return [unit]
+    return [
+        FoundUnit(f"{unit.name} ({_short(dtype)})", unit.module, params, unit.nested)
+        for dtype, params in own.items()
+    ]
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _claim(
