@@ -239,14 +239,14 @@ def prepare(
     optimizer = offload.AdamW(parameter_groups(model, options.weight_decay), **settings)
     report = offload.report(model)
     print(report)
-    traffic = report.plan.step_traffic(job.micro_batches)
+    traffic = report.step_traffic(job.micro_batches)
     expected = report.expected_step_seconds(compute_seconds, job.micro_batches)
     print_table(
         f"expected step: {expected:.1f} s",
         [
             ("compute", f"{compute_seconds:.1f} s"),
-            ("read from disk", f"at most {format_size(traffic.read)}"),
-            ("written to disk", f"at most {format_size(traffic.written)}"),
+            ("read from disk", format_size(traffic.read)),
+            ("written to disk", format_size(traffic.written)),
             ("disk, as measured", f"{report.as_dict()['disk_read_rate'] / 1e6:.0f} MB/s"),
         ],
     )

@@ -10,6 +10,7 @@ from offload.errors import PolicyError
 from offload.policy import Policy
 from offload.report import Report
 from offload.runtime.wrapped import ATTRIBUTE, WrappedModel, wrapped
+from offload.trace import Phase
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -57,6 +58,7 @@ def report(model: nn.Module) -> Report:
     """
     runtime = wrapped(model)
     context = runtime.context
+    uses = context.prefetcher.trace.last_training_pass()
     params = sum(p.param.numel() for unit in context.units for p in unit.params)
     return Report(
         plan=context.plan,
@@ -64,4 +66,7 @@ def report(model: nn.Module) -> Report:
         counters=runtime.counters(),
         stall_seconds=dict(context.mover.stall_seconds),
         notes=runtime.notes(),
+        uses=None if uses is None else tuple((u.unit, u.phase is Phase.BACKWARD) for u in uses),
+        lazy=context.policy.lazy_step,
+        state_on_disk=context.state_on_disk(),
     )

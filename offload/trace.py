@@ -13,6 +13,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 
+_PASSES = 64
+"""Passes that are searched for the last one with a backward."""
+
 
 class Phase(Enum):
     """In which half of a training step a unit is used."""
@@ -39,8 +42,23 @@ class AccessTrace:
         self._cursor: int | None = None
         self._after_one: dict[Use, int] = {}
         self._after_two: dict[tuple[Use, Use], int] = {}
+        self._pass_starts: list[int] = []
         self.recorded = 0
         self.mispredicted = 0
+
+    def begin_pass(self) -> None:
+        """The next use is the first of a pass: an outermost forward, and its backward if any."""
+        if not self._pass_starts or self._pass_starts[-1] != len(self._history):
+            self._pass_starts.append(len(self._history))
+
+    def last_training_pass(self) -> list[Use] | None:
+        """Return the uses of the last whole pass that had a backward; None: there was none."""
+        ends = [*self._pass_starts, len(self._history)][1:]
+        for start, end in reversed(list(zip(self._pass_starts, ends, strict=True))[-_PASSES:]):
+            uses = self._history[start:end]
+            if uses and uses[0].phase is Phase.FORWARD and uses[-1].phase is Phase.BACKWARD:
+                return uses
+        return None
 
     def record(self, use: Use) -> None:
         """Append `use` and move the cursor to where it happened before."""
@@ -65,6 +83,11 @@ class AccessTrace:
         if len(history) >= self._capacity:
             self._forget_older_half()
 
+    @property
+    def predicts(self) -> bool:
+        """Whether future() yields anything."""
+        return next(self.future(1), None) is not None
+
     def future(self, limit: int) -> Iterator[Use]:
         """Yield up to `limit` predicted uses, nearest first; none before anything repeated."""
         if self._cursor is None:
@@ -88,5 +111,6 @@ class AccessTrace:
         drop = len(self._history) // 2
         self._history = self._history[drop:]
         self._cursor = None if self._cursor is None or self._cursor < drop else self._cursor - drop
+        self._pass_starts = [i - drop for i in self._pass_starts if i >= drop]
         self._after_one = {u: i - drop for u, i in self._after_one.items() if i >= drop}
         self._after_two = {u: i - drop for u, i in self._after_two.items() if i >= drop}

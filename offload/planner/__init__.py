@@ -1,6 +1,16 @@
 """The planner: from units and budgets to an immutable plan. Pure functions, no torch."""
 
 from offload.planner.placement import place, smallest_budget
-from offload.planner.spec import DiskSpec, Placement, Plan, UnitSpec
+from offload.planner.spec import DiskSpec, Placement, Plan, Traffic, UnitSpec
+from offload.planner.traffic import step_traffic
 
-__all__ = ["DiskSpec", "Placement", "Plan", "UnitSpec", "place", "smallest_budget"]
+__all__ = [
+    "DiskSpec",
+    "Placement",
+    "Plan",
+    "Traffic",
+    "UnitSpec",
+    "place",
+    "smallest_budget",
+    "step_traffic",
+]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from offload.planner import Plan
+from offload.planner import Plan, Traffic, step_traffic
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,9 @@ class Report:
         counters: bytes and seconds since wrap(); see as_dict().
         stall_seconds: by cause, time the training thread waited.
         notes: which engine was chosen and why, and which fallbacks were taken.
+        uses: of the last forward and backward: (a unit's index, whether in the backward).
+        lazy: updates run when their unit is next used.
+        state_on_disk: bytes of optimizer state that live on disk, by unit; None: none was made.
     """
 
     plan: Plan
@@ -25,6 +28,9 @@ class Report:
     counters: dict[str, Any]
     stall_seconds: dict[str, float]
     notes: tuple[str, ...] = field(default=())
+    uses: tuple[tuple[int, bool], ...] | None = None
+    lazy: bool = True
+    state_on_disk: tuple[int, ...] | None = None
 
     def plan_table(self) -> list[dict[str, Any]]:
         """Return one row per kind: {"what", "host_bytes", "disk_bytes"}."""
@@ -33,6 +39,17 @@ class Report:
             {"what": what, "host_bytes": nbytes, "disk_bytes": disk[what]}
             for what, nbytes in self.plan.host_bytes().items()
         ]
+
+    def step_traffic(self, micro_batches: int = 1) -> Traffic:
+        """Return the bytes that a step moves between host and disk, once it repeats itself.
+
+        Counted along the uses of the last forward and backward; before there was one, as if every
+        unit were used once in each.
+
+        Args:
+            micro_batches: how many are accumulated in a step.
+        """
+        return step_traffic(self.plan, micro_batches, self.uses, self.lazy, self.state_on_disk)
 
     def expected_step_seconds(self, compute_seconds: float, micro_batches: int = 1) -> float:
         """Return how long a step will take if the disk keeps the rate measured by wrap().
@@ -44,7 +61,7 @@ class Report:
             micro_batches: how many are accumulated in a step.
         """
         rate = self.counters["disk_read_rate"]
-        traffic = self.plan.step_traffic(micro_batches)
+        traffic = self.step_traffic(micro_batches)
         disk = max(traffic.read, traffic.written) / rate if rate else 0.0
         return max(compute_seconds, disk)
 

@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from offload.tiers.context import RuntimeContext
 from offload.tiers.grad_handle import GradHandle, GradState
+from offload.tiers.spent_grad import SpentGrad, second_gradient
 from offload.tiers.unit import OffloadedParam
 
 
@@ -74,6 +75,8 @@ class BackwardHooks:
 
     def _take_earlier(self, param: OffloadedParam) -> None:
         self.on_backward()
+        if isinstance(param.param.grad, SpentGrad):
+            raise second_gradient(param.param.grad)
         state = param.grad_state
         if state is not None:
             self._earlier[param] = state

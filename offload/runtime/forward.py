@@ -55,6 +55,8 @@ class ForwardHooks:
         context = self._context
         if self._is_stale(module):
             self.reset()
+        if not self._open and torch._C._current_graph_task_id() == -1:
+            context.prefetcher.trace.begin_pass()
         scope: list[Unit] = []
         context.scopes.append(scope)
         self._open.append(module)

@@ -41,8 +41,7 @@ class WrappedModel:
         self.model = model
         self._handles: list[RemovableHandle] = []
         units, specs = _lay_out(found)
-        self._resources = Resources(policy, specs)
-        self.context = self._resources.open()
+        self.context = Resources(policy, specs).open()
         try:
             for unit in units:
                 for param in unit.params:
@@ -129,7 +128,7 @@ class WrappedModel:
             "disk_busy_seconds": disk.get("busy_seconds", 0.0),
             "update_seconds": update["update_seconds"],
             "updates": update["jobs"],
-            "pending": len(context.updating),
+            "pending": len(context.updates),
             "disk_read_rate": context.prefetcher.read_rate,
             "misses": context.mover.misses,
             "mispredicted": context.prefetcher.trace.mispredicted,
@@ -138,7 +137,8 @@ class WrappedModel:
 
     def notes(self) -> tuple[str, ...]:
         """Return which choices were made, and why."""
-        return self._resources.notes(self.context.store)
+        space = self.context.space
+        return space.notes() if space is not None else ()
 
 
 def _lay_out(found: Discovery) -> tuple[list[Unit], list[UnitSpec]]:
@@ -146,9 +146,9 @@ def _lay_out(found: Discovery) -> tuple[list[Unit], list[UnitSpec]]:
     for index, source in enumerate(found.units):
         unit = Unit(index, source.name, [OffloadedParam(param, name) for name, param in source.own])
         units.append(unit)
-        specs.append(
-            UnitSpec(unit.name, _pages(unit.param_bytes), _pages(unit.grad_bytes), source.nested)
-        )
+        params, grads = _pages(unit.param_bytes), _pages(unit.grad_bytes)
+        element_bytes = unit.params[0].dtype.itemsize
+        specs.append(UnitSpec(unit.name, params, grads, source.nested, element_bytes))
     return units, specs
 
 

@@ -5,7 +5,7 @@ Life of a unit's parameters:
     pointed at the slab. Pinned units stay attached.
  2. detach: ``.data`` becomes one NaN expanded to the shape and the class SpilledParameter, so that
     whoever touches the parameter is noticed. The slab stays in memory until its place is needed.
- 3. begin_update: detach, then a native job owns the slabs; settle() ends it.
+ 3. begin_update: detach, and put the update off (updates.py); settle() has it done.
 """
 
 from __future__ import annotations
@@ -24,7 +24,12 @@ from offload.tiers.grad_handle import GradHandle, GradState
 from offload.tiers.mover import Mover
 from offload.tiers.prefetcher import Prefetcher
 from offload.tiers.slab import Residency, Slab
-from offload.tiers.unit import OffloadedParam, SpilledParameter, Unit
+from offload.tiers.state_home import StateHome
+from offload.tiers.state_layout import StateLayout
+from offload.tiers.state_slabs import StateSlabs, operand
+from offload.tiers.swap_space import SwapSpace
+from offload.tiers.unit import Consumer, OffloadedParam, SpilledParameter, Unit
+from offload.tiers.updates import Updates
 from offload.trace import Phase, Use
 
 
@@ -34,6 +39,8 @@ class RuntimeContext:
     Attributes:
         scopes: units locked by each module that is in forward at the moment, outermost first.
         norm_orders: orders of gradient norms that the training loop has asked for.
+        space: the swap space that its slabs on disk live in; None: nothing spills.
+        state_home: StateHome.of_context() makes it.
         reading_out: detach() of a spilled parameter returns a copy (state_dict is being made).
         saved_hooks: a context in which autograd saves no slab memory.
     """
@@ -44,18 +51,21 @@ class RuntimeContext:
         plan: Plan,
         mover: Mover,
         pipeline: _native.UpdatePipeline,
+        space: SwapSpace | None,
     ) -> None:
         """Own the native objects; units are added with add_unit()."""
         self.policy = policy
         self.plan = plan
         self.store = mover.store
+        self.space = space
+        self.state_home: StateHome | None = None
         self.pipeline = pipeline
         self.lock = threading.RLock()
         self.mover = mover
         self.mover.relieve = self._relieve
-        self.prefetcher = Prefetcher(plan, mover, self.settle)
+        self.updates = Updates(mover)
+        self.prefetcher = Prefetcher(plan, mover, self.updates)
         self.units: list[Unit] = []
-        self.updating: dict[Unit, None] = {}
         self.in_backward: dict[Unit, None] = {}
         self.scopes: list[list[Unit]] = []
         self.norm_orders: set[float] = set()
@@ -87,49 +97,36 @@ class RuntimeContext:
             self.detach(unit)
             self.mover.write_back(unit.param_slab)
 
-    def moments(self, unit: Unit) -> tuple[Slab, Slab]:
-        """Return the two AdamW moments of `unit`, zero at first."""
-        if unit.moments is None:
-            pinned = self.plan.placements[unit.index].pin_state
-            first = self._slab(unit, "exp_avg", unit.grad_bytes, pinned)
-            second = self._slab(unit, "exp_avg_sq", unit.grad_bytes, pinned)
-            if pinned:
-                for slab in (first, second):
-                    self.mover.hold_new(slab)
-                    slab.zero()
-            unit.moments = (first, second)
-        return unit.moments
+    def state_of(self, unit: Unit) -> StateSlabs:
+        """Return where the optimizer state of `unit` is; no update of it is in flight then."""
+        self.settle(unit)
+        if unit.state is None:
+            numel = unit.grad_bytes // unit.params[0].dtype.itemsize
+            unit.state = StateSlabs(unit.name, numel, StateHome.of_context(self))
+        return unit.state
 
-    def moment(self, param: OffloadedParam, which: int) -> torch.Tensor:
-        """Return the bytes of a moment of `param` (0: exp_avg, 1: exp_avg_sq), to be used at once.
-
-        They may be changed: the slab counts as dirty.
-        """
-        self.settle(param.unit)
-        slab = self.moments(param.unit)[which]
-        if slab.residency is Residency.ABSENT:
-            self.mover.hold_new(slab)
-            slab.zero()
-        self.mover.fetch(slab)
-        self.mover.settle(slab)
-        self.mover.mark_dirty(slab)
-        return param.view(slab)
+    def state_on_disk(self) -> tuple[int, ...] | None:
+        """Return the bytes of optimizer state on disk, by unit; None before any was made."""
+        states = [unit.state for unit in self.units]
+        if not any(states):
+            return None
+        return tuple(0 if state is None else state.disk_bytes for state in states)
 
     def _slab(self, unit: Unit, kind: str, nbytes: int, pinned: bool) -> Slab:
         swap_object = None
         if not pinned:
-            if self.store is None:
+            if self.space is None:
                 raise OffloadError(f"{unit.name}: no swap store to spill to (internal error)")
-            swap_object = self.store.create(nbytes)
+            swap_object = self.space.create(nbytes)
         return Slab(f"{kind} of {unit.name}", kind, nbytes, pinned, swap_object)
 
     # -- parameters -----------------------------------------------------------------------------
 
     def attach(self, unit: Unit) -> None:
         """Have the unit's parameters usable: current bytes, in memory."""
-        if unit.attached and unit.update is None:
+        if unit.attached and not unit.updating:
             return
-        self.settle(unit)
+        self.updates.finish(unit, load=True)
         self.mover.fetch(unit.param_slab)
         for param in unit.params:
             self._point(param)
@@ -167,18 +164,18 @@ class RuntimeContext:
 
     def _rest(self, unit: Unit) -> None:
         """Nobody holds the unit any more, perhaps: leave it ready for eviction."""
-        if unit.forward_locks or unit.in_backward or unit.param_slab.pinned:
+        if unit.forward_locks or unit.in_backward or unit.updating or unit.param_slab.pinned:
             return
         self.detach(unit)
-        if unit.update is None:
-            self.mover.write_back(unit.param_slab)
+        self.mover.write_back(unit.param_slab)
 
     def _point(self, param: OffloadedParam) -> None:
         view = param.view(param.unit.param_slab)
         if type(param.param) is SpilledParameter:
             param.param.__class__ = torch.nn.Parameter  # type: ignore[assignment]
         param.param.data = view
-        self.by_pointer[view.data_ptr()] = param
+        if param.numel:  # one without elements lies nowhere
+            self.by_pointer[view.data_ptr()] = param
 
     def _note_version(self, unit: Unit) -> None:
         unit.seen_version = sum(p.param._version for p in unit.params)
@@ -264,23 +261,43 @@ class RuntimeContext:
             raise OffloadError(f"{unit.name} has no gradient slab (internal error)")
         return unit.grad_slab
 
-    def end_unit_backward(self, unit: Unit) -> None:
-        """All gradients that this backward has for `unit` are in its slab."""
-        slab = unit.grad_slab
-        if unit.arrived and slab is not None:
-            if not slab.pinned:
-                for param in unit.arrived:
-                    state = param.grad_state
-                    if state is not None:
-                        state.note_norms(param.view(slab), self.norm_orders)
-                self.mover.write_back(slab)
+    def end_unit_backward(self, unit: Unit, complete: bool = True) -> None:
+        """All gradients that this backward has for `unit` are in its slab, if `complete`."""
+        if unit.arrived:
+            taken = {param for param in unit.arrived if param.consumer is not None}
+            unit.unconsumed |= taken
+            if not complete or len(taken) < len(unit.arrived):
+                self._store_grads(unit)
             unit.expected = len(unit.arrived)
             unit.arrived = set()
+        if complete:
+            self._hand_over_grads(unit)  # while the unit is still held
         if unit.in_backward:
             unit.in_backward = False
             self.in_backward.pop(unit, None)
             self._lock_for_backward(unit, -1)
         self._rest(unit)
+
+    def _hand_over_grads(self, unit: Unit) -> None:
+        """Let the consumers of the gradients that have come take them."""
+        fresh: dict[Consumer, list[OffloadedParam]] = {}
+        for param in unit.params:
+            if param in unit.unconsumed and param.consumer is not None:
+                fresh.setdefault(param.consumer, []).append(param)
+        unit.unconsumed = set()
+        for consume, params in fresh.items():
+            consume(params)
+
+    def _store_grads(self, unit: Unit) -> None:
+        """Send the gradients that have arrived on their way to disk."""
+        slab = self._gradients(unit)
+        if slab.pinned:
+            return
+        for param in unit.arrived:
+            state = param.grad_state
+            if state is not None:
+                state.note_norms(param.view(slab), self.norm_orders)
+        self.mover.write_back(slab)
 
     def read_grad(self, param: OffloadedParam) -> torch.Tensor:
         """Return the bytes of a gradient in the slab, to be read at once."""
@@ -301,55 +318,62 @@ class RuntimeContext:
 
     # -- updates --------------------------------------------------------------------------------
 
-    def begin_update(self, unit: Unit, segments: list[_native.UpdateSegment]) -> None:
-        """Hand the unit to the update pipeline; see offload.optim for what segments are."""
-        self.settle(unit)
-        slabs = [unit.param_slab, self._gradients(unit), *self.moments(unit)]
-        for slab in slabs:
-            self.mover.settle(slab)
-        self.detach(unit)
-        param, grad, exp_avg, exp_avg_sq = (self._operand(slab) for slab in slabs)
-        numel = unit.grad_bytes // 4
-        unit.update = self.pipeline.submit(numel, param, grad, exp_avg, exp_avg_sq, segments)
-        unit.version += 1
-        unit.update_locks = slabs
-        for slab in slabs:
-            slab.locks += 1
-        self.updating[unit] = None
+    def begin_update(
+        self,
+        unit: Unit,
+        layout: StateLayout,
+        seed: int,
+        segments: list[_native.UpdateSegment],
+    ) -> None:
+        """Note an update of some of the unit's parameters; end_step() lets it run.
 
-    def _operand(self, slab: Slab) -> _native.UpdateOperand:
-        if slab.residency is Residency.HOST and slab.lease is not None:
-            return _native.UpdateOperand.in_memory(slab.lease, slab.nbytes)
-        if slab.swap_object is None:
-            raise OffloadError(f"{slab.name} is neither in memory nor on disk (internal error)")
-        return _native.UpdateOperand.on_disk(slab.swap_object, slab.nbytes)
+        Args:
+            unit: its gradients are in its slab.
+            layout: of their state, whose slabs exist.
+            seed: of stochastic rounding.
+            segments: one per parameter, ascending.
+        """
+        whole = len(segments) == len(unit.trainable)
+        state, grads = self.state_of(unit).of(layout, whole=whole), self._gradients(unit)
+        self.detach(unit)
+
+        def submit(params: _native.UpdateOperand) -> _native.Transfer:
+            rest = [operand(slab) for slab in state]
+            scales, rest = rest[: len(layout.scales)], rest[len(layout.scales) :]
+            master, states = (rest[0], rest[1:]) if layout.master is not None else (None, rest)
+            return self.pipeline.submit(
+                unit.grad_bytes // unit.params[0].dtype.itemsize,
+                layout.format,
+                seed,
+                params,
+                operand(grads),
+                master,
+                states,
+                scales,
+                segments,
+            )
+
+        self.updates.put_off(unit, [unit.param_slab, grads, *state], submit)
+        unit.version += 1
+
+    def end_step(self) -> None:
+        """All updates of a step were begun: run them, or let them run as they are needed."""
+        if self.policy.lazy_step:
+            self.prefetcher.start_updates()
+        else:
+            self.flush()
 
     def settle(self, unit: Unit) -> None:
-        """Finish the unit's pending update. Raises the update's error."""
-        if unit.update is None:
-            return
-        self.mover.wait(unit.update, "update")  # Ctrl-C here leaves it pending
-        unit.update = None
-        self.updating.pop(unit, None)
-        for slab in unit.update_locks:
-            slab.locks -= 1
-        slabs, unit.update_locks = unit.update_locks, []
-        for slab in (slabs[0], slabs[2], slabs[3]):
-            if slab.lease is not None:
-                self.mover.mark_dirty(slab)
-            else:
-                self.mover.mark_on_disk(slab)
-        if not unit.param_slab.pinned:
-            self.mover.write_back(unit.param_slab)
+        """Have the unit's pending update done. Raises the update's error."""
+        self.updates.finish(unit)
 
     def flush(self) -> None:
         """Finish all pending updates: afterwards everything is as after an eager step."""
-        for unit in list(self.updating):
-            self.settle(unit)
+        self.updates.flush()
 
     def _relieve(self) -> bool:
         """Make a user of memory let go: an update by waiting, a backward by fetching later."""
-        for unit in self.updating:
+        for unit in self.updates.running:
             self.settle(unit)
             return True
         for unit in self.in_backward:
@@ -370,13 +394,13 @@ class RuntimeContext:
     def end_unit_backward_partially(self, unit: Unit) -> None:
         """End a backward in which not all gradients came; how many will come is not learnt."""
         expected = unit.expected
-        self.end_unit_backward(unit)
+        self.end_unit_backward(unit, complete=False)
         unit.expected = expected
 
     def end_backward(self) -> None:
         """A whole backward pass is over."""
         for unit in self.units:
-            if unit.in_backward or unit.arrived:
+            if unit.in_backward or unit.arrived or unit.unconsumed:
                 self.end_unit_backward(unit)
 
     @contextmanager
@@ -397,6 +421,8 @@ class RuntimeContext:
         if self.closed:
             return
         self.closed = True
+        if self.state_home is not None:
+            self.state_home.close()
         self.pipeline.close()
         if self.store is not None:
             self.store.close()

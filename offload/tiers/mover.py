@@ -83,13 +83,29 @@ class Mover:
         """
         if slab.lease is not None or slab.residency is not Residency.DISK:
             return True
-        lease = self._lease(slab.nbytes, farther_than=use)
-        if lease is None:
+        if not self.take_ahead(slab, use):
             return False
-        slab.lease = lease
-        self._spillable[slab] = None
         self._start_read(slab, demand=False)
         return True
+
+    def take(self, slab: Slab) -> None:
+        """Give `slab`, which is on disk, memory that an update will read it into."""
+        if slab.lease is None:
+            self._take_memory(slab)
+
+    def take_ahead(self, slab: Slab, use: int) -> bool:
+        """Do the same for use number `use` from now, if that is free of harm; else return False."""
+        if slab.lease is None:
+            slab.lease = self._lease(slab.nbytes, farther_than=use)
+            if slab.lease is None:
+                return False
+            self._spillable[slab] = None
+        return True
+
+    def mark_loaded(self, slab: Slab) -> None:
+        """Somebody else read it into its memory: memory and disk hold the current bytes."""
+        slab.residency = Residency.HOST
+        slab.dirty = False
 
     def write_back(self, slab: Slab) -> None:
         """Start writing a dirty slab; it stays in memory and is clean once that is done."""
@@ -239,7 +255,11 @@ class Mover:
     def _start_read(self, slab: Slab, demand: bool) -> None:
         if self.store is None or slab.swap_object is None or slab.lease is None:
             raise OffloadError(f"{slab.name} has no place on disk (internal error)")
-        slab.pending = self.store.read(slab.swap_object, slab.lease, slab.nbytes, demand)
+        try:
+            slab.pending = self.store.read(slab.swap_object, slab.lease, slab.nbytes, demand)
+        except OffloadError:
+            self._drop(slab)  # nothing was read
+            raise
         slab.pending_write = False
         self._pending[slab] = None
 

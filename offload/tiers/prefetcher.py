@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 
 from offload.planner import Plan
-from offload.tiers.mover import Mover
+from offload.tiers.mover import NEVER, Mover
 from offload.tiers.slab import Residency, Slab
 from offload.tiers.unit import Unit
+from offload.tiers.updates import Updates
 from offload.trace import AccessTrace, Phase, Use
 
 LOOKAHEAD = 64
@@ -23,10 +23,10 @@ class Prefetcher:
         read_rate: bytes per second that measure_disk() saw; 0: not measured.
     """
 
-    def __init__(self, plan: Plan, mover: Mover, settle: Callable[[Unit], None]) -> None:
-        """Units join by add(); `settle` finishes an update of a unit that is done."""
+    def __init__(self, plan: Plan, mover: Mover, updates: Updates) -> None:
+        """Units join by add(); `updates` are those that were put off."""
         self._mover = mover
-        self._settle = settle
+        self._updates = updates
         self._units: list[Unit] = []
         self.trace = AccessTrace()
         self.read_rate = 0.0
@@ -41,7 +41,7 @@ class Prefetcher:
     def advance(self, use: Use) -> None:
         """Record a use, and start reading what the next ones need."""
         self.trace.record(use)
-        if self._streams:
+        if self._streams or self._updates.waiting:
             self._look_ahead()
 
     def in_order_of_use(self, units: list[Unit]) -> list[Unit]:
@@ -51,37 +51,55 @@ class Prefetcher:
         position = {use.unit: i for i, use in reversed(ahead)}
         return sorted(units, key=lambda unit: (position.get(unit.index, later), unit.index))
 
+    def start_updates(self) -> None:
+        """Updates were put off: start those that are needed first."""
+        self._look_ahead()
+        if self.trace.predicts:
+            return
+        for unit in self._updates.waiting:  # nothing is known: in order, into what is free
+            if not self._updates.start_ahead(unit, NEVER):
+                return
+
     def _look_ahead(self) -> None:
-        """Renew the mover's view of the future and start the reads it allows."""
+        """Renew the mover's view of the future and start the reads and updates it allows."""
         self._mover.check_process()
         wanted: list[tuple[Unit, Slab]] = []
         next_use: dict[Slab, int] = {}
         for position, use in enumerate(self.trace.future(LOOKAHEAD)):
             unit = self._units[use.unit]
             slabs = [unit.param_slab]
-            if use.phase is Phase.BACKWARD and unit.grad_slab is not None:
-                slabs.append(unit.grad_slab)
+            if unit.grad_slab is not None:
+                if use.phase is Phase.BACKWARD:
+                    slabs.append(unit.grad_slab)
+                elif unit.update_waits:  # the update reads them, without memory of theirs
+                    next_use.setdefault(unit.grad_slab, position)
             for slab in slabs:
-                if not slab.pinned and slab not in next_use:
+                if slab not in next_use and (not slab.pinned or unit.update_waits):
                     next_use[slab] = position
                     wanted.append((unit, slab))
         self._mover.next_use = next_use
         # What is read ahead beyond what fits would be given up again before its use.
         room = self._room
         for unit, slab in wanted:
-            room -= slab.nbytes
+            room -= 0 if slab.pinned else slab.nbytes
             if room < 0:
                 break
-            if slab.lease is not None:
-                continue
-            if unit.update is not None:
-                if not unit.update.done():
-                    continue
-                self._settle(unit)
-            if slab is unit.grad_slab and not unit.grads_wanted():
-                continue
-            if not self._mover.prefetch(slab, next_use[slab]):
+            if not self._bring(unit, slab, next_use[slab]):
                 break
+
+    def _bring(self, unit: Unit, slab: Slab, use: int) -> bool:
+        """Start what makes `slab` ready for use number `use`; False when there is no room."""
+        if unit.update_waits:
+            return self._updates.start_ahead(unit, use)
+        if slab.pinned or slab.lease is not None:
+            return True
+        if unit.update is not None:
+            if not unit.update.done():
+                return True
+            self._updates.finish(unit)
+        if slab is unit.grad_slab and not unit.grads_wanted():
+            return True
+        return self._mover.prefetch(slab, use)
 
     def measure_disk(self) -> None:
         """Fill the ring with what the first forward needs, and note how fast that was read."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,13 +12,13 @@ import torch
 from offload.errors import SpilledTensorError
 from offload.tiers.grad_handle import GradHandle, GradState
 from offload.tiers.slab import Slab
+from offload.tiers.spent_grad import SpentGrad
+from offload.tiers.state_layout import QUANT_BLOCK
 
 if TYPE_CHECKING:
     from offload import _native
     from offload.tiers.context import RuntimeContext
-
-ALIGNMENT = 64
-"""Parameters start at multiples of this many bytes in a slab: a cache line, any vector width."""
+    from offload.tiers.state_slabs import StateSlabs
 
 
 class SpilledParameter(torch.nn.Parameter):
@@ -33,6 +34,20 @@ class SpilledParameter(torch.nn.Parameter):
         from offload.tiers.touch import touch
 
         return touch(func, args, kwargs or {})
+
+
+Consumer = Callable[[Sequence["OffloadedParam"]], None]
+"""Applies gradients that are in their unit's slab, and replaces them by SpentGrad."""
+
+_CONSUMER = "_offload_consumer"
+
+
+def set_consumer(param: torch.Tensor, consumer: Consumer) -> None:
+    """Have the gradients of `param` taken by `consumer` when its unit's are complete.
+
+    It may belong to a wrapped model, or come to belong to one later.
+    """
+    setattr(param, _CONSUMER, consumer)
 
 
 _OWNER = "_offload_owner"
@@ -74,6 +89,7 @@ class OffloadedParam:
         self.name = name
         self.unit: Unit
         self.shape = tuple(param.shape)
+        self.numel = param.numel()
         self.dtype = param.dtype
         self.stride = tuple(param.stride() if _is_dense(param) else _contiguous_stride(param.shape))
         self.nbytes = param.numel() * param.dtype.itemsize
@@ -100,6 +116,17 @@ class OffloadedParam:
         return slab.view(self.offset, self.shape, self.stride, self.dtype)
 
     @property
+    def first(self) -> int:
+        """Its first element in the unit's slabs."""
+        return self.offset // self.dtype.itemsize
+
+    @property
+    def consumer(self) -> Consumer | None:
+        """Who takes its gradients instead of having them stored."""
+        found: Consumer | None = getattr(self.param, _CONSUMER, None)
+        return found
+
+    @property
     def grad_state(self) -> GradState | None:
         """The gradient in the slab, None when there is none."""
         grad = self.param.grad
@@ -113,15 +140,23 @@ class Unit:
         forward_locks: modules in forward that use it.
         in_backward: its backward has begun and not all of its gradients have arrived.
         attached: its parameters' ``.data`` are the slab's memory.
+        state: its optimizer state; None before the first update.
         update: the optimizer update in flight, if any.
+        update_waits: an update was put off and has not started.
+        update_slabs: what the pending update uses, the parameters first.
         version: counts changes of its values.
         arrived: parameters whose gradient of this backward is in the slab.
+        unconsumed: parameters whose gradient their consumer is still to take.
         expected: how many arrived in the last complete backward.
         seen_version: sum of the parameters' own version counters when they were attached.
     """
 
     def __init__(self, index: int, name: str, params: list[OffloadedParam]) -> None:
-        """Lay `params` out in slabs: the trainable ones first, so that gradients are a prefix."""
+        """Lay `params` out in slabs: the trainable ones first, so that gradients are a prefix.
+
+        They are of one dtype. Each starts at a multiple of the elements that share a scale in int8
+        state, so that a block of them is of one parameter; any vector is aligned there.
+        """
         self.index = index
         self.name = name
         self.params = sorted(params, key=lambda p: not p.trainable)
@@ -129,20 +164,23 @@ class Unit:
         for param in self.params:
             param.unit = self
             param.offset = offset
-            offset = _align(offset + param.nbytes)
+            block = QUANT_BLOCK * param.dtype.itemsize
+            offset += max(1, -(-param.nbytes // block)) * block  # an empty one has a place too
             trained = offset if param.trainable else trained
         self.param_bytes = offset
         self.grad_bytes = trained
         self.param_slab: Slab
         self.grad_slab: Slab | None = None
-        self.moments: tuple[Slab, Slab] | None = None
+        self.state: StateSlabs | None = None
         self.forward_locks = 0
         self.in_backward = False
         self.attached = False
         self.update: _native.Transfer | None = None
-        self.update_locks: list[Slab] = []
+        self.update_waits = False
+        self.update_slabs: list[Slab] = []
         self.version = 0
         self.arrived: set[OffloadedParam] = set()
+        self.unconsumed: set[OffloadedParam] = set()
         self.expected = sum(p.trainable for p in self.params)
         self.seen_version = 0
 
@@ -151,13 +189,17 @@ class Unit:
         """The parameters that have gradients."""
         return [p for p in self.params if p.trainable]
 
+    @property
+    def updating(self) -> bool:
+        """Whether an optimizer update is pending: put off or in flight."""
+        return self.update_waits or self.update is not None
+
     def grads_wanted(self) -> bool:
-        """Whether any gradient in the slab still stands behind a ``p.grad``."""
-        return any(p.param.grad is not None for p in self.params if p.trainable)
-
-
-def _align(offset: int) -> int:
-    return math.ceil(offset / ALIGNMENT) * ALIGNMENT
+        """Whether a gradient in the slab stands behind a ``p.grad``, or an update will read it."""
+        grads = [param.param.grad for param in self.trainable]
+        return self.update_waits or any(
+            grad is not None and not isinstance(grad, SpentGrad) for grad in grads
+        )
 
 
 def _is_dense(tensor: torch.Tensor) -> bool:

@@ -178,3 +178,25 @@ def test_memory_is_bounded() -> None:
     record(trace, micro_batch(range(5)) * 200)
     assert len(trace._history) <= 128
     assert max(trace._after_two.values()) < 128
+
+
+def test_the_last_training_pass_is_found_behind_an_evaluation() -> None:
+    trace = AccessTrace()
+    assert trace.last_training_pass() is None
+    for _ in range(3):
+        trace.begin_pass()
+        record(trace, micro_batch([0, 1, 2]))
+    trace.begin_pass()
+    record(trace, forward([0, 1, 2]))
+    assert trace.last_training_pass() == micro_batch([0, 1, 2])
+    trace.begin_pass()
+    record(trace, micro_batch([2, 0]))
+    assert trace.last_training_pass() == micro_batch([2, 0])
+
+
+def test_a_pass_is_found_after_the_older_half_was_forgotten() -> None:
+    trace = AccessTrace(capacity=20)
+    for _ in range(9):
+        trace.begin_pass()
+        record(trace, micro_batch([0, 1, 2]))
+    assert trace.last_training_pass() == micro_batch([0, 1, 2])

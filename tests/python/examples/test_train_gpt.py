@@ -80,7 +80,7 @@ def test_offloaded_training_equals_plain_training_bit_for_bit(
     offloaded = train(
         tmp_path,
         text_file,
-        *("--no-cap", "--host-budget", "12MiB", "--swap-dir", str(tmp_path), "--steps", "20"),
+        *("--no-cap", "--host-budget", "18MiB", "--swap-dir", str(tmp_path), "--steps", "20"),
         *extra,
     )
     assert offloaded["disk_read_bytes"] > 0
@@ -114,7 +114,7 @@ def test_interrupt_prints_the_summary_so_far(
     tmp_path: Path, text_file: Path, offloaded: bool
 ) -> None:
     how = (
-        ["--no-cap", "--host-budget", "12MiB", "--swap-dir", str(tmp_path)] if offloaded else PLAIN
+        ["--no-cap", "--host-budget", "18MiB", "--swap-dir", str(tmp_path)] if offloaded else PLAIN
     )
     process = subprocess.Popen(
         [sys.executable, str(SCRIPT), *TINY, *how, "--data", str(text_file), "--steps", "100000"],

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import offload
 
-BUDGET = 13 << 20
+BUDGET = 16 << 20
 TOKENS = torch.arange(24).view(2, 12)
 
 # From Python 3.12 on os.fork() warns when the process has threads; that is what is tested here.

@@ -18,7 +18,7 @@ from torch import nn
 
 import offload
 
-BUDGET = 13 << 20
+BUDGET = 16 << 20
 TOKENS = torch.arange(24).view(2, 12)
 
 

@@ -30,7 +30,7 @@ def test_arena_returns_to_the_pinned_bytes_between_steps(tmp_path: Path) -> None
 
 
 def test_rss_stays_flat_over_200_steps(tmp_path: Path) -> None:
-    model = t.wrapped(lambda: t.Stack(layers=4), tmp_path, 11 << 20)
+    model = t.wrapped(lambda: t.Stack(layers=4), tmp_path, 15 << 20)
     optimizer = offload.AdamW(t.groups(model))
     loop = t.Loop(steps=20, micro_batches=1, grads=False)
     t.train(model, optimizer, loop)
@@ -58,7 +58,7 @@ def test_a_dropped_model_gives_everything_back(tmp_path: Path) -> None:
 
 
 def test_a_parameter_outlives_its_model_with_a_clear_error(tmp_path: Path) -> None:
-    params = list(t.wrapped(t.Stack, tmp_path, 13 << 20).parameters())
+    params = list(t.wrapped(t.Stack, tmp_path, 16 << 20).parameters())
     gc.collect()
     spilled = next(p for p in params if type(p) is not torch.nn.Parameter)
     with pytest.raises(offload.SpilledTensorError, match="was dropped"):
@@ -68,7 +68,7 @@ def test_a_parameter_outlives_its_model_with_a_clear_error(tmp_path: Path) -> No
 def test_two_wrapped_models_share_a_directory(tmp_path: Path) -> None:
     loop = t.Loop(steps=2)
     expected = t.plain(t.Stack, loop)
-    models = [t.wrapped(t.Stack, tmp_path, 13 << 20) for _ in range(2)]
+    models = [t.wrapped(t.Stack, tmp_path, 16 << 20) for _ in range(2)]
     for model in models:
         optimizer = offload.AdamW(t.groups(model), lr=1e-2, weight_decay=0.1)
         t.assert_same(expected, t.train(model, optimizer, loop))

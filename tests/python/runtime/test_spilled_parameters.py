@@ -13,7 +13,7 @@ import offload
 from offload.tiers.grad_handle import GradHandle
 from offload.tiers.unit import SpilledParameter
 
-BUDGET = 13 << 20
+BUDGET = 16 << 20
 
 
 @pytest.fixture
@@ -230,7 +230,7 @@ def test_frozen_parameters_are_never_written(tmp_path: Path) -> None:
 
     loop = t.Loop(steps=3)
     expected = t.plain(make, loop)
-    model = t.wrapped(make, tmp_path, 11 << 20)
+    model = t.wrapped(make, tmp_path, 15 << 20)
     start = offload.report(model).as_dict()["disk_write_bytes"]
     outcome = t.train(model, offload.AdamW(t.groups(model), lr=1e-2, weight_decay=0.1), loop)
     t.assert_same(expected, outcome)

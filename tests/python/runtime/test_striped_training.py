@@ -13,7 +13,7 @@ import offload
 from offload import _native
 from offload.runtime.wrapped import wrapped
 
-BUDGET = 13 << 20
+BUDGET = 16 << 20
 LOOP = t.Loop(steps=5, micro_batches=1)
 BLOCK = "256KiB"
 DEPTH = 4

@@ -74,14 +74,16 @@ def test_a_budget_that_cannot_do_is_refused_with_the_smallest_that_would(tmp_pat
     model = t.Stack()
     before = values(model)
     least = t.least_budget(t.Stack)
+
+    def policy(host: int) -> offload.Policy:
+        return offload.Policy(offload.Budget(host=host), swap_dir=tmp_path, **t.SMALL_BLOCKS)
+
     for nbytes in (4096, least - 4096):
         with pytest.raises(offload.BudgetError, match=f"is {least} bytes"):
-            offload.wrap(
-                model, offload.Policy(budget=offload.Budget(host=nbytes), swap_dir=tmp_path)
-            )
+            offload.wrap(model, policy(nbytes))
     assert all(type(p) is nn.Parameter for p in model.parameters())
     assert_equal(before, values(model))
-    offload.wrap(model, offload.Policy(budget=offload.Budget(host=least), swap_dir=tmp_path))
+    offload.wrap(model, policy(least))
 
 
 def test_without_swap_a_small_budget_is_refused() -> None:

@@ -17,6 +17,9 @@ import offload
 
 Model = Callable[[], nn.Module]
 
+SMALL_BLOCKS: dict[str, Any] = {"io_block_bytes": 1 << 19}
+"""The staging of an update is 12 blocks: with the usual ones it would be most of these budgets."""
+
 
 class Block(nn.Module):
     def __init__(self, width: int) -> None:
@@ -206,7 +209,7 @@ def plain(make: Model, loop: Loop) -> Outcome:
 def wrapped(make: Model, swap_dir: Path, budget: int, **policy: Any) -> nn.Module:
     """Make the same model as plain() does, wrapped, with released memory poisoned."""
     torch.manual_seed(0)
-    policy = {"debug": True, **policy}
+    policy = {"debug": True, **SMALL_BLOCKS, **policy}
     return offload.wrap(
         make(), offload.Policy(budget=offload.Budget(host=budget), swap_dir=swap_dir, **policy)
     )
@@ -241,6 +244,7 @@ def assert_same(a: Outcome, b: Outcome) -> None:
 
 def least_budget(make: Model, **policy: Any) -> int:
     """The smallest host budget that wrap() says would do."""
+    policy = {**SMALL_BLOCKS, **policy}
     with pytest.raises(offload.BudgetError) as caught:
         offload.wrap(
             make(), offload.Policy(budget=offload.Budget(host=8192), swap_dir="/tmp", **policy)

@@ -1,0 +1,130 @@
+"""Updates: the optimizer updates of a model's units, from step() until they are done.
+
+Protocol of the lazy step:
+ 1. put_off: gradients, factors and hyperparameters are final, the unit's parameters are detached.
+    Nothing runs yet; gradients that only the update still needs count as wanted.
+ 2. start: a native job owns the slabs. Parameters that are in memory are updated there. Spilled
+    ones are read by the job into memory that was taken for them, and stay there, so that the
+    forward reads nothing again; the new version is on disk as well, and the memory may be given up
+    at any time. Units are started in the order of their next use, as far ahead as the ring has room
+    (Prefetcher), and at the latest when they are needed.
+ 3. finish: wait for the job; the slabs are ordinary again.
+Whoever needs a unit's parameters, gradients or states calls finish() first, so nobody can tell when
+the update ran. flush() starts all that is left without memory for parameters, and finishes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from offload import _native
+from offload.errors import OffloadError
+from offload.tiers.mover import Mover
+from offload.tiers.slab import Residency, Slab
+from offload.tiers.state_slabs import operand
+from offload.tiers.unit import Unit
+
+Submit = Callable[[_native.UpdateOperand], _native.Transfer]
+"""Hands a unit's job to the pipeline, given the operand of its parameters."""
+
+
+class Updates:
+    """What was put off and what is running. Not thread-safe: the owner serialises."""
+
+    def __init__(self, mover: Mover) -> None:
+        """No update is pending yet."""
+        self._mover = mover
+        self._waiting: dict[Unit, Submit] = {}
+        self.running: dict[Unit, None] = {}
+
+    def __len__(self) -> int:
+        return len(self._waiting) + len(self.running)
+
+    @property
+    def waiting(self) -> list[Unit]:
+        """Units whose update was put off and has not started."""
+        return list(self._waiting)
+
+    def put_off(self, unit: Unit, slabs: list[Slab], submit: Submit) -> None:
+        """Note an update. `slabs`: all that the job uses, the parameters' first.
+
+        `submit` makes the operands of the others as they are when the job starts.
+        """
+        unit.update_slabs = slabs
+        unit.update_waits = True
+        self._waiting[unit] = submit
+
+    def start_ahead(self, unit: Unit, use: int) -> bool:
+        """Start the update of `unit`, needed at use number `use` from now, if that does no harm.
+
+        Returns False when there is no room for its parameters that may be taken.
+        """
+        slab = unit.param_slab
+        if slab.residency is not Residency.HOST and not self._mover.take_ahead(slab, use):
+            return False
+        self._start(unit)
+        return True
+
+    def start(self, unit: Unit) -> None:
+        """Start the update of `unit`; parameters that are on disk stay there."""
+        if unit.update_waits:
+            self._start(unit)
+
+    def finish(self, unit: Unit, load: bool = False) -> None:
+        """Have the update of `unit` done; with `load`, its parameters in memory if it had to run.
+
+        Raises:
+            OffloadError: the update failed.
+        """
+        if unit.update_waits:
+            if load and unit.param_slab.residency is not Residency.HOST:
+                self._mover.take(unit.param_slab)
+            self._start(unit)
+        if unit.update is None:
+            return
+        self._mover.wait(unit.update, "update")  # Ctrl-C here leaves it pending
+        unit.update = None
+        self.running.pop(unit, None)
+        params, *others = unit.update_slabs
+        unit.update_slabs = []
+        for slab in (params, *others):
+            slab.locks -= 1
+        for slab in others:
+            if slab is unit.grad_slab:
+                continue
+            if slab.lease is not None:
+                self._mover.mark_dirty(slab)
+            else:
+                self._mover.mark_on_disk(slab)
+        if params.residency is Residency.HOST:
+            self._mover.mark_dirty(params)
+        elif params.lease is not None:
+            self._mover.mark_loaded(params)
+        else:
+            self._mover.mark_on_disk(params)
+        if not params.pinned:
+            self._mover.write_back(params)
+
+    def flush(self) -> None:
+        """Finish all: afterwards everything is as after an eager step."""
+        for unit in self.waiting:
+            self.start(unit)
+        for unit in list(self.running):
+            self.finish(unit)
+
+    def _start(self, unit: Unit) -> None:
+        for slab in unit.update_slabs:
+            self._mover.settle(slab)
+        unit.update = self._waiting[unit](self._params(unit.param_slab))
+        del self._waiting[unit]
+        unit.update_waits = False
+        for slab in unit.update_slabs:
+            slab.locks += 1
+        self.running[unit] = None
+
+    def _params(self, slab: Slab) -> _native.UpdateOperand:
+        if slab.residency is Residency.HOST or slab.lease is None:
+            return operand(slab)
+        if slab.swap_object is None:
+            raise OffloadError(f"{slab.name} has no place on disk (internal error)")
+        return _native.UpdateOperand.loaded(slab.swap_object, slab.lease, slab.nbytes)
