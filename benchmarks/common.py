@@ -1,12 +1,15 @@
-"""What the benchmarks share: the machine, tables, bars, the JSON they write, a raw disk rate."""
+"""What the benchmarks share: machine, tables, bars, their JSON, DeepSpeed's Python, a disk rate."""
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import mmap
 import os
 import platform
+import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -116,6 +119,23 @@ def finish(
         }
         Path(options.json).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return 0 if all(bar.holds for bar in bars) else 1
+
+
+def deepspeed_python(venv: str | None) -> tuple[str, dict[str, str]] | None:
+    """The Python that has DeepSpeed and what its environment needs; None where none has it."""
+    if venv is None:
+        found = importlib.util.find_spec("deepspeed") is not None
+        return (sys.executable, {}) if found else None
+    programs = Path(venv).resolve() / "bin"
+    if not (programs / "python").exists():
+        return None
+    find = "from importlib.util import find_spec as f; raise SystemExit(f('deepspeed') is None)"
+    if subprocess.run([programs / "python", "-c", find], check=False).returncode != 0:
+        return None
+    return str(programs / "python"), {
+        "TORCH_EXTENSIONS_DIR": str(programs.parent / "torch_extensions"),
+        "PATH": f"{programs}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
+    }
 
 
 def raw_disk_rate(folder: str, read_share: float, total: int) -> float:

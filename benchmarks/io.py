@@ -24,11 +24,8 @@ what DeepSpeed compiles when it is first used (minutes; libaio's headers are nee
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import itertools
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -37,11 +34,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from common import Bar, add_common_options, finish, print_rows
+from common import Bar, add_common_options, deepspeed_python, finish, print_rows
 from io_peers.fio import Fio, FioError, candidates
 from io_peers.huge_pages import reserved_huge_pages
 from io_peers.measurement import MIB, WORKLOADS, Measurement
-from io_peers.worker import Worker
+from worker import Worker
 
 LEAST_OF_FIO = 0.97
 FIO_BUFFERS = 64 * MIB
@@ -85,12 +82,22 @@ def parse_arguments() -> argparse.Namespace:
     return options
 
 
+def measured_by(worker: Worker) -> Callable[[str, float, Any], Measurement]:
+    """Asks the worker's process: a workload, its seconds after a ramp, a setting."""
+
+    def measure(workload: str, seconds: float, setting: Any) -> Measurement:
+        request = {"workload": workload, "seconds": seconds, **setting}
+        return Measurement(**worker.ask(request))
+
+    return measure
+
+
 def swap_store(worker: Worker) -> Contestant:
     """The swap store; it has no settings to try."""
     about = worker.about["config"]
     print(f"offload: {about}: {worker.about['why']}", flush=True)
     settings: dict[str, list[Any]] = {workload: [{}] for workload in WORKLOADS}
-    return Contestant("offload", settings, worker.measure, lambda _: str(about))
+    return Contestant("offload", settings, measured_by(worker), lambda _: str(about))
 
 
 def fio(peer: Fio, huge_pages: bool, quick: bool) -> Contestant:
@@ -99,23 +106,6 @@ def fio(peer: Fio, huge_pages: bool, quick: bool) -> Contestant:
         print("no huge pages may be reserved: fio gets transparent ones through glibc's malloc")
     tried = candidates(huge_pages)[: 1 if quick else None]
     return Contestant("fio", dict.fromkeys(WORKLOADS, tried), peer.measure, str)
-
-
-def deepspeed_python(venv: str | None) -> tuple[str, dict[str, str]] | None:
-    """The Python that has DeepSpeed and what its environment needs; None where none has it."""
-    if venv is None:
-        found = importlib.util.find_spec("deepspeed") is not None
-        return (sys.executable, {}) if found else None
-    programs = Path(venv).resolve() / "bin"
-    if not (programs / "python").exists():
-        return None
-    find = "from importlib.util import find_spec as f; raise SystemExit(f('deepspeed') is None)"
-    if subprocess.run([programs / "python", "-c", find], check=False).returncode != 0:
-        return None
-    return str(programs / "python"), {
-        "TORCH_EXTENSIONS_DIR": str(programs.parent / "torch_extensions"),
-        "PATH": f"{programs}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
-    }
 
 
 def deepspeed(worker: Worker, quick: bool) -> Contestant:
@@ -141,7 +131,7 @@ def deepspeed(worker: Worker, quick: bool) -> Contestant:
         return f"1 MiB x 16, {overlapping}, {handles} handle(s) of {threads} thread(s), {tensors}"
 
     settings = {"read": alone, "write": alone, "mix": in_mix}
-    return Contestant("deepspeed", settings, worker.measure, describe)
+    return Contestant("deepspeed", settings, measured_by(worker), describe)
 
 
 def choose(contestant: Contestant, workload: str, seconds: float) -> list[Measurement]:

@@ -12,12 +12,13 @@ from __future__ import annotations
 import importlib
 from collections import deque
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from typing import Any
 
 import torch
+from worker import Answer, Json, serve
 
 from io_peers.measurement import MIB, Measurement, Meter, Progress
-from io_peers.worker import Json, Measure, serve
 
 LARGEST = 64 * MIB
 GROUP = 4
@@ -129,10 +130,10 @@ class AioLoad:
         self._wait(writer, WRITTEN)
 
 
-def _prepare(settings: Json) -> tuple[Json, Measure, Callable[[], None]]:
+def _prepare(settings: Json) -> tuple[Json, Answer, Callable[[], None]]:
     load = AioLoad(settings["file"], settings["size"])
     version = importlib.import_module("deepspeed").__version__
-    return {"version": version}, load.measure, lambda: None
+    return {"version": version}, lambda request: asdict(load.measure(request)), lambda: None
 
 
 if __name__ == "__main__":

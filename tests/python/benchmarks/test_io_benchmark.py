@@ -83,7 +83,7 @@ def test_a_missing_folder_is_an_error(disk: Path) -> None:
 
 
 def test_a_worker_that_fails_says_why(disk: Path) -> None:
-    from io_peers.worker import Worker
+    from worker import Worker
 
     settings = {"folder": str(disk / "missing"), "size": 2**28, "buffers": 3 * 2**20}
     with pytest.raises(SystemExit, match=r"(?s)io_peers.swap_store ended with 1.*missing"):

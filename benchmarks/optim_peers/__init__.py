@@ -1,0 +1,1 @@
+"""Who takes part in benchmarks/optim.py: each module is one contestant's process."""
