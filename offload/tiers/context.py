@@ -139,6 +139,8 @@ class RuntimeContext:
             return
         self._note_changes(unit)
         for param in unit.params:
+            if type(param.param) is SpilledParameter:
+                continue  # Ctrl-C ended an earlier detach here
             self.by_pointer.pop(param.view(unit.param_slab).data_ptr(), None)
             param.param.data = param.placeholder
             param.param.__class__ = SpilledParameter
@@ -184,7 +186,12 @@ class RuntimeContext:
         """See whether the user changed the parameters while they were attached."""
         version = sum(p.param._version for p in unit.params)
         slab = unit.param_slab
-        replaced = [p for p in unit.params if p.param.data_ptr() != p.view(slab).data_ptr()]
+        replaced = [
+            p
+            for p in unit.params
+            if type(p.param) is not SpilledParameter
+            and p.param.data_ptr() not in (p.view(slab).data_ptr(), p.placeholder.data_ptr())
+        ]
         for param in replaced:  # by assigning to .data
             param.view(slab).copy_(param.param.data)
         if replaced or version != unit.seen_version:

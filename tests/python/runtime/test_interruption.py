@@ -17,6 +17,7 @@ import training as t
 from torch import nn
 
 import offload
+from offload.tiers.unit import SpilledParameter
 
 BUDGET = 16 << 20
 TOKENS = torch.arange(24).view(2, 12)
@@ -139,3 +140,22 @@ def test_ctrl_c_leaves_process_and_model_usable(tmp_path: Path) -> None:
             time.sleep(delay)
             process.send_signal(signal.SIGINT)
             assert process.stdout.readline() == "usable\n"
+
+
+def test_a_detach_that_was_interrupted_is_finished_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C may come after any parameter of a unit, and before its class was changed."""
+    model = t.wrapped(t.Stack, tmp_path, BUDGET, max_unit_bytes="2MiB")
+    context = model._offload_wrapped.context
+    expected = {name: value.clone() for name, value in model.state_dict().items()}
+    unit = next(u for u in context.units if not u.param_slab.pinned and len(u.params) > 2)
+    with context.held(unit):
+        first, second = unit.params[:2]
+        first.param.data = first.placeholder
+        first.param.__class__ = SpilledParameter
+        second.param.data = second.placeholder
+    assert not unit.attached
+    assert all(type(p.param) is SpilledParameter for p in unit.params)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, expected[name]), name
