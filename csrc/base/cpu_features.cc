@@ -1,12 +1,26 @@
 #include "base/cpu_features.h"
 
-#if defined(__aarch64__)
+#if defined(__x86_64__)
+#include <cpuid.h>
+#elif defined(__aarch64__)
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
 #endif
 
 namespace offload {
 namespace {
+
+#if defined(__x86_64__)
+// Clang before 15 does not know __builtin_cpu_supports("f16c"). REQUIRES: AVX, which is what the
+// system must save registers for.
+bool has_f16c() {
+  unsigned eax = 0;
+  unsigned ebx = 0;
+  unsigned ecx = 0;
+  unsigned edx = 0;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
+}
+#endif
 
 CpuFeatures detect() {
   CpuFeatures features;
@@ -17,7 +31,7 @@ CpuFeatures detect() {
   features.pclmul = __builtin_cpu_supports("pclmul") != 0;
   features.avx2 = __builtin_cpu_supports("avx2") != 0;
   features.fma = __builtin_cpu_supports("fma") != 0;
-  features.f16c = __builtin_cpu_supports("f16c") != 0;
+  features.f16c = __builtin_cpu_supports("avx") != 0 && has_f16c();
   features.avx512 =
       __builtin_cpu_supports("avx512f") != 0 && __builtin_cpu_supports("avx512vl") != 0 &&
       __builtin_cpu_supports("avx512dq") != 0 && __builtin_cpu_supports("avx512bw") != 0;

@@ -34,6 +34,7 @@ TEST_CASE("cpu_features agrees with the kernel") {
   CHECK(cpu.pclmul == has("pclmulqdq"));
   CHECK(cpu.avx2 == has("avx2"));
   CHECK(cpu.fma == has("fma"));
+  CHECK(cpu.f16c == has("f16c"));
   CHECK(cpu.avx512 == (has("avx512f") && has("avx512vl") && has("avx512dq") && has("avx512bw")));
   CHECK_FALSE(cpu.neon);
   CHECK_FALSE(cpu.arm_crc32);
