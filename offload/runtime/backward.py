@@ -57,6 +57,7 @@ class BackwardHooks:
         self.handles.append(node.register_prehook(before))
         register: Any = param.param.register_post_accumulate_grad_hook
         self.handles.append(register(after))
+        _run_first(param.param, self.handles[-1])
 
     def on_backward(self) -> None:
         """Called when a backward pass first needs something of the model."""
@@ -97,3 +98,13 @@ class BackwardHooks:
         with self._context.lock:
             self._waiting_for_end = False
             self._context.end_backward()
+
+
+def _run_first(param: torch.nn.Parameter, ours: RemovableHandle) -> None:
+    """Have our hook run before the user's from before wrap(): they see the whole gradient.
+
+    Autograd goes by the order of insertion in the underlying dict, not the OrderedDict's.
+    """
+    hooks: Any = param._post_accumulate_grad_hooks  # type: ignore[attr-defined]
+    for key in [key for key in hooks if key != ours.id]:
+        hooks[key] = hooks.pop(key)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -22,8 +23,8 @@ class ForwardHooks:
      1. enter: open a scope; fetch and hold the module's units; activate the saved-tensor hooks.
      2. the module runs; spilled parameters of other units that it touches join its scope.
      3. leave, also after an exception: the units of the scope are released, newest scope first.
-    A scope that was never left (KeyboardInterrupt skips forward hooks) is cleared when the next
-    outermost forward begins.
+    A scope that was never left (KeyboardInterrupt skips forward hooks) is cleared when its thread's
+    next outermost forward begins. Each thread has scopes of its own.
     """
 
     def __init__(
@@ -33,8 +34,7 @@ class ForwardHooks:
         self._context = context
         self._saved = saved
         self._on_reset = on_reset
-        self._pushed: list[bool] = []
-        self._open: list[nn.Module] = []
+        self._trainer: threading.Thread | None = None
         self.handles: list[RemovableHandle] = []
 
     def add(self, module: nn.Module, units: list[Unit]) -> None:
@@ -55,42 +55,46 @@ class ForwardHooks:
         context = self._context
         if self._is_stale(module):
             self.reset()
-        if not self._open and torch._C._current_graph_task_id() == -1:
+        if not context.scopes.mine and torch._C._current_graph_task_id() == -1:
             context.prefetcher.trace.begin_pass()
-        scope: list[Unit] = []
-        context.scopes.append(scope)
-        self._open.append(module)
-        self._pushed.append(self._saved.push())
+            if torch.is_grad_enabled():
+                self._trainer = threading.current_thread()
+        scope = context.scopes.open(module)
+        scope.hooks_pushed = self._saved.push()
         for unit in units:
             context.acquire(unit, Phase.FORWARD)
-            scope.append(unit)
+            scope.units.append(unit)
 
     def _leave(self, module: nn.Module) -> None:
-        if module not in self._open:
+        if not any(scope.module is module for scope in self._context.scopes.mine):
             return  # its scope was cleared: an exception ended the forward around it
-        while True:
-            last = self._open.pop()
-            if self._pushed.pop():
-                self._saved.pop()
-            for unit in self._context.scopes.pop():
-                self._context.release(unit)
-            if last is module:
-                return
+        while self._close_innermost() is not module:
+            pass
+
+    def _close_innermost(self) -> nn.Module:
+        scope = self._context.scopes.close()
+        if scope.hooks_pushed:
+            self._saved.pop()
+        for unit in scope.units:
+            self._context.release(unit)
+        return scope.module
 
     def reset(self) -> None:
-        """Clear scopes that were left behind by an interrupted forward or backward."""
-        while self._pushed:
-            if self._pushed.pop():
-                self._saved.pop()
-        self._open.clear()
+        """Clear scopes that this thread's interrupted forward or backward left behind."""
+        while self._context.scopes.mine:
+            self._close_innermost()
         self._on_reset()
         self._context.recover()
 
     def _is_stale(self, module: nn.Module) -> bool:
-        """Whether what is open cannot be a caller of `module`."""
+        """Whether what is open in this thread cannot be a caller of `module`."""
         if torch._C._current_graph_task_id() != -1:
             return False  # a recomputation inside a backward
-        if self._open:
-            within = any(module is child for child in self._open[-1].modules())
-            return module is self._open[0] or not within
-        return bool(self._context.in_backward)
+        scopes = self._context.scopes.mine
+        if scopes:
+            within = any(module is child for child in scopes[-1].module.modules())
+            return module is scopes[0].module or not within
+        # A backward is no longer running when the thread that trains begins a forward.
+        trainer = self._trainer
+        mine = trainer is None or trainer is threading.current_thread() or not trainer.is_alive()
+        return bool(self._context.in_backward) and mine

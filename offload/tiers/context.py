@@ -23,6 +23,7 @@ from offload.policy import Policy
 from offload.tiers.grad_handle import GradHandle, GradState
 from offload.tiers.mover import Mover
 from offload.tiers.prefetcher import Prefetcher
+from offload.tiers.scopes import ForwardScopes
 from offload.tiers.slab import Residency, Slab
 from offload.tiers.state_home import StateHome
 from offload.tiers.state_layout import StateLayout
@@ -37,7 +38,7 @@ class RuntimeContext:
     """State shared by all units of one wrapped model.
 
     Attributes:
-        scopes: units locked by each module that is in forward at the moment, outermost first.
+        scopes: the modules that are in forward at the moment, and the units they hold.
         norm_orders: orders of gradient norms that the training loop has asked for.
         space: the swap space that its slabs on disk live in; None: nothing spills.
         state_home: StateHome.of_context() makes it.
@@ -67,7 +68,7 @@ class RuntimeContext:
         self.prefetcher = Prefetcher(plan, mover, self.updates)
         self.units: list[Unit] = []
         self.in_backward: dict[Unit, None] = {}
-        self.scopes: list[list[Unit]] = []
+        self.scopes = ForwardScopes()
         self.norm_orders: set[float] = set()
         self.by_pointer: dict[int, OffloadedParam] = {}
         """Attached parameters by the address of their memory."""
@@ -391,11 +392,15 @@ class RuntimeContext:
     # -- interruption and the end ---------------------------------------------------------------
 
     def recover(self) -> None:
-        """Forget who was using what: a forward or backward ended by an exception or Ctrl-C."""
-        self.scopes.clear()
+        """Forget who was using what: a forward or backward ended by an exception or Ctrl-C.
+
+        This thread's scopes are closed. What an interruption left locked without a scope is
+        released when no other thread is in forward.
+        """
         for unit in self.units:
-            unit.param_slab.locks -= unit.forward_locks
-            unit.forward_locks = 0
+            if self.scopes.none_open:
+                unit.param_slab.locks -= unit.forward_locks
+                unit.forward_locks = 0
             self.end_unit_backward_partially(unit)
 
     def end_unit_backward_partially(self, unit: Unit) -> None:

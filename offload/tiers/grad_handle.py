@@ -73,10 +73,12 @@ class GradState:
         if self.factors or self.zero or self.real is not None:
             norm: torch.Tensor = torch.linalg.vector_norm(self.materialize(), order)
             return norm
-        if order not in self.norms:
-            self.owner.context.norm_orders.add(order)
-            self.norms[order] = torch.linalg.vector_norm(self._view(), order)
-        return self.norms[order].clone()
+        context = self.owner.context
+        with context.lock:
+            if order not in self.norms:
+                context.norm_orders.add(order)
+                self.norms[order] = torch.linalg.vector_norm(self._view(), order)
+            return self.norms[order].clone()
 
     def note_norms(self, view: torch.Tensor, orders: set[float]) -> None:
         """Compute the norms of the bytes while they are in memory."""
@@ -91,7 +93,8 @@ class GradState:
         if self.zero:
             value = torch.zeros(self.owner.shape, dtype=self.owner.dtype)
         else:
-            value = self._view().clone()
+            with self.owner.context.lock:
+                value = self._view().clone()
         for factor in self.factors:
             value.mul_(factor)
         return value
@@ -107,7 +110,8 @@ class GradState:
         self._check()
         if value is self.real:
             return
-        self.owner.context.modify_grad(self.owner).copy_(value)
+        with self.owner.context.lock:
+            self.owner.context.modify_grad(self.owner).copy_(value)
         self.zero = False
         self.factors.clear()
         self.norms.clear()

@@ -114,10 +114,11 @@ def _fetched(
     kwargs: dict[str, Any],
 ) -> Any:
     units = list({param.unit: None for param in params})
-    if context.scopes:
+    scopes = context.scopes.mine
+    if scopes:
         for unit in units:
             context.acquire(unit, Phase.FORWARD)
-            context.scopes[-1].append(unit)
+            scopes[-1].units.append(unit)
         return func(*args, **kwargs)
     names = ", ".join(param.name for param in params)
     stays = all(unit.param_slab.pinned for unit in units)

@@ -1,0 +1,61 @@
+"""ForwardScopes: which units each module that is in forward holds, by thread."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+if TYPE_CHECKING:
+    from offload.tiers.unit import Unit
+
+
+@dataclass
+class Scope:
+    """One call of a module.
+
+    Attributes:
+        units: held until the call ends.
+        hooks_pushed: saved-tensor hooks were activated for it.
+    """
+
+    module: nn.Module
+    units: list[Unit] = field(default_factory=list)
+    hooks_pushed: bool = False
+
+
+class ForwardScopes:
+    """The calls that are open, per thread, outermost first; a thread sees its own alone.
+
+    Not thread-safe: the owner's lock serialises.
+    """
+
+    def __init__(self) -> None:
+        """No call is open."""
+        self._open: dict[int, list[Scope]] = {}
+
+    @property
+    def mine(self) -> list[Scope]:
+        """Those of this thread; change them with open() and close()."""
+        return self._open.get(threading.get_ident(), [])
+
+    @property
+    def none_open(self) -> bool:
+        """Whether no thread is in forward."""
+        return not self._open
+
+    def open(self, module: nn.Module) -> Scope:
+        """Begin a call of `module` in this thread."""
+        scope = Scope(module)
+        self._open.setdefault(threading.get_ident(), []).append(scope)
+        return scope
+
+    def close(self) -> Scope:
+        """End this thread's innermost call."""
+        thread = threading.get_ident()
+        scope = self._open[thread].pop()
+        if not self._open[thread]:
+            del self._open[thread]
+        return scope

@@ -1,0 +1,107 @@
+"""Several threads and a wrapped model: inference beside training, loaders with workers."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import torch
+import training as t
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+import offload
+
+
+def test_inference_in_other_threads_is_right_while_nothing_trains(tmp_path: Path) -> None:
+    model = t.wrapped(t.Stack, tmp_path, t.least_budget(t.Stack) + (4 << 20))
+    torch.manual_seed(0)
+    plain = t.Stack()
+    data = [torch.randint(0, 64, (2, n)) for n in range(3, 11)]
+    found: dict[int, torch.Tensor] = {}
+    errors: list[BaseException] = []
+
+    def infer(first: int) -> None:
+        try:
+            with torch.no_grad():
+                for _ in range(3):
+                    for i in range(first, len(data), 3):
+                        found[i] = model(data[i])
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=infer, args=(i,)) for i in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors, errors
+    with torch.no_grad():
+        for i, tokens in enumerate(data):
+            assert torch.equal(found[i], plain(tokens)), i
+    report = offload.report(model).as_dict()
+    assert report["arena_peak_bytes"] <= report["arena_budget_bytes"]
+
+
+def test_inference_in_a_second_thread_leaves_training_exact(tmp_path: Path) -> None:
+    """The weights that it sees are some step's or the next one's; training does not notice it."""
+    loop = t.Loop(steps=4, micro_batches=2)
+    theirs = t.plain(t.Stack, loop)
+    model = t.wrapped(t.Stack, tmp_path, t.least_budget(t.Stack) + (4 << 20))
+    optimizer = offload.AdamW(t.groups(model), lr=1e-2, weight_decay=0.1)
+    done = threading.Event()
+    errors: list[BaseException] = []
+    passes = [0]
+
+    def infer() -> None:
+        try:
+            with torch.no_grad():
+                while not done.is_set() or not passes[0]:
+                    logits = model(torch.arange(8).view(1, 8))
+                    assert torch.isfinite(logits).all()
+                    passes[0] += 1
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=infer)
+    thread.start()
+    try:
+        ours = t.train(model, optimizer, loop)
+    finally:
+        done.set()
+        thread.join()
+    assert not errors, errors
+    assert passes[0] > 0
+    t.assert_same(theirs, ours)
+    report = offload.report(model).as_dict()
+    assert report["arena_peak_bytes"] <= report["arena_budget_bytes"]
+
+
+class Tokens(Dataset[torch.Tensor]):
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return torch.arange(index, index + 10) % 64
+
+
+def epoch(model: nn.Module, optimizer: torch.optim.Optimizer, workers: int) -> list[float]:
+    losses = []
+    for batch in DataLoader(Tokens(), batch_size=4, num_workers=workers):
+        logits = model(batch[:, :-1])
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def test_a_loader_with_workers_forks_beside_a_wrapped_model(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    plain = t.Stack()
+    model = t.wrapped(t.Stack, tmp_path, t.least_budget(t.Stack) + (1 << 20))
+    theirs = torch.optim.AdamW(plain.parameters(), lr=1e-2, foreach=False)
+    ours = offload.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(2):
+        assert epoch(model, ours, workers=2) == epoch(plain, theirs, workers=0)
