@@ -105,6 +105,6 @@ def _run_first(param: torch.nn.Parameter, ours: RemovableHandle) -> None:
 
     Autograd goes by the order of insertion in the underlying dict, not the OrderedDict's.
     """
-    hooks: Any = param._post_accumulate_grad_hooks  # type: ignore[attr-defined]
+    hooks: Any = param._post_accumulate_grad_hooks
     for key in [key for key in hooks if key != ours.id]:
         hooks[key] = hooks.pop(key)

@@ -76,7 +76,7 @@ class WrappedModel:
         self._handles += add_state_dict_hooks(self.model, self.context)
         for module in self.model.modules():
             module.__dict__["_apply"] = _refuse_conversion(module)
-        self.model.__dict__.update(_REFUSED)
+            module.__dict__.update(_REFUSED)
 
     def unwrap(self) -> None:
         """Give the model ordinary tensors again, with current values; gradients become tensors."""
@@ -94,9 +94,8 @@ class WrappedModel:
         for handle in self._handles:
             handle.remove()
         for module in self.model.modules():
-            module.__dict__.pop("_apply", None)
-        for name in _REFUSED:
-            self.model.__dict__.pop(name, None)
+            for name in ("_apply", *_REFUSED):
+                module.__dict__.pop(name, None)
         self.context.close()
 
     def _restore(self) -> None:
@@ -167,7 +166,7 @@ def _refuse_pickle(protocol: Any) -> NoReturn:
 
 
 _REFUSED = {"__deepcopy__": _refuse_copy, "__reduce_ex__": _refuse_pickle}
-"""Put on the wrapped model itself: a copy would share the original's slabs and hooks."""
+"""Put on each module of a wrapped model: a copy would share the original's slabs and hooks."""
 
 
 def _refuse_conversion(module: nn.Module) -> Callable[..., nn.Module]:

@@ -3,7 +3,8 @@
 1. Questions about the parameter (shape, dtype, grad, hooks) are answered as they are.
 2. Inside the forward of a hooked module, its unit is fetched and stays until that module's
    forward ends: this is how a weight used outside of its own module is found.
-3. Elsewhere its unit is fetched for the one call. Results that would share memory with the slab
+3. Elsewhere its unit is fetched for the one call. ``detach()`` and ``.data`` return an alias
+   (alias.py) that does the same at each use. Other results that would share memory with the slab
    are refused, since the slab may leave at any time; ``clone()`` is always possible.
 """
 
@@ -11,10 +12,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy
 import torch
 from torch.utils._pytree import tree_iter, tree_map
 
 from offload.errors import SpilledTensorError
+from offload.tiers.alias import SpilledAlias
 from offload.tiers.context import RuntimeContext
 from offload.tiers.unit import OffloadedParam, SpilledParameter, Unit, owner_of
 from offload.trace import Phase
@@ -43,7 +46,7 @@ _ABOUT = {
     for name in (
         *("size", "dim", "numel", "nelement", "element_size", "is_floating_point", "is_complex"),
         *("is_signed", "requires_grad_", "register_hook", "register_post_accumulate_grad_hook"),
-        *("__len__", "__hash__", "is_shared", "get_device", "type", "_is_view", "is_inference"),
+        *("__len__", "__hash__", "is_shared", "get_device", "_is_view", "is_inference"),
         *("has_names", "is_conj", "is_neg"),
     )
     if hasattr(_T, name)
@@ -58,9 +61,16 @@ _ABOUT |= {
 
 _NEEDS_MEMORY = {
     getattr(_T, name)
-    for name in ("data_ptr", "storage", "untyped_storage", "_typed_storage", "share_memory_")
+    for name in (
+        *("data_ptr", "storage", "untyped_storage", "_typed_storage", "share_memory_"),
+        "__dlpack__",
+    )
 }
-_SET_DATA = _T.data.__set__  # type: ignore[attr-defined]  # a new wrapper at each access: compare by ==
+# These are new wrappers at each access: compare by ==.
+_SET_DATA = _T.data.__set__  # type: ignore[attr-defined]
+_GET_DATA = _T.data.__get__  # type: ignore[attr-defined]
+_ALIASES = (_T.detach, torch.detach, _GET_DATA)
+_WANTS_GRAD = (_T.requires_grad_, _T.requires_grad.__set__)  # type: ignore[attr-defined]
 
 
 def touch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -69,24 +79,43 @@ def touch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     Raises:
         SpilledTensorError: the result would be memory of the slab, or `func` replaces the data.
     """
-    if func in _ABOUT:
+    values = [v for v in tree_iter((args, kwargs)) if isinstance(v, _SPILLED)]
+    if any(func == wants for wants in _WANTS_GRAD) and isinstance(args[0], SpilledAlias):
+        raise SpilledTensorError(
+            "the detached values of a spilled parameter cannot require a gradient of their own: "
+            "take .detach().clone().requires_grad_()"
+        )
+    if func in _ABOUT or (func is _T.type and len(args) == 1 and not kwargs):
         return _plainly(func, args, kwargs)
     if func is torch.autograd.grad:
         return func(*tree_map(_edge, args), **tree_map(_edge, kwargs))
-    params: dict[OffloadedParam, None] = {}
-    for value in tree_iter((args, kwargs)):
-        if isinstance(value, SpilledParameter):
-            owner = owner_of(value)
-            if owner is None:
-                raise SpilledTensorError("a spilled parameter without an owner (internal error)")
-            params[owner] = None
-    first = next(iter(params))
+    params = list(dict.fromkeys(owner for v in values if (owner := _owner(v)) is not None))
+    if not params:  # aliases of a model that was unwrapped
+        return func(*tree_map(_real, args), **tree_map(_real, kwargs))
+    first = params[0]
     if func is _T.stride:
         return _of_strides(first, args, kwargs)
     if func is _T.is_contiguous:
         return torch.empty_strided(first.shape, first.stride, device="meta").is_contiguous()
     with first.context.lock:
-        return _fetched(first.context, func, list(params), args, kwargs)
+        return _fetched(first.context, func, params, args, kwargs)
+
+
+_SPILLED = (SpilledParameter, SpilledAlias)
+
+
+def _owner(value: SpilledParameter | SpilledAlias) -> OffloadedParam | None:
+    if isinstance(value, SpilledAlias):
+        return value.owner
+    owner = owner_of(value)
+    if owner is None:
+        raise SpilledTensorError("a spilled parameter without an owner (internal error)")
+    return owner
+
+
+def _real(value: Any) -> Any:
+    """The attached parameter's memory in place of its alias."""
+    return value._param.detach() if isinstance(value, SpilledAlias) else value
 
 
 def _plainly(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -119,16 +148,34 @@ def _fetched(
         for unit in units:
             context.acquire(unit, Phase.FORWARD)
             scopes[-1].units.append(unit)
-        return func(*args, **kwargs)
+        return func(*tree_map(_real, args), **tree_map(_real, kwargs))
     names = ", ".join(param.name for param in params)
     stays = all(unit.param_slab.pinned for unit in units)
     if func == _SET_DATA or (func in _NEEDS_MEMORY and not stays):
         raise _refused(func, names)
+    if any(func == alias for alias in _ALIASES) and not (stays or context.reading_out):
+        return SpilledAlias.of(params[0])
     with _all_held(context, units), context.saved_hooks():
-        result = func(*args, **kwargs)
+        result = func(*tree_map(_real, args), **tree_map(_real, kwargs))
         if stays:
             return result
-        return tree_map(lambda value: _own_memory(context, func, names, value), result)
+        if isinstance(result, numpy.ndarray):
+            return _read_only_copy(result)
+        whole = {
+            param.param.data_ptr(): v for v in tree_iter((args, kwargs)) if (param := _alias_of(v))
+        }
+        return tree_map(lambda value: _own_memory(context, func, names, value, whole), result)
+
+
+def _alias_of(value: Any) -> OffloadedParam | None:
+    return value.owner if isinstance(value, SpilledAlias) else None
+
+
+def _read_only_copy(array: numpy.ndarray[Any, Any]) -> numpy.ndarray[Any, Any]:
+    """Of an array over the slab's memory; writing to it raises, rather than be lost."""
+    copy = array.copy()
+    copy.flags.writeable = False
+    return copy
 
 
 class _all_held:  # noqa: N801  (a context manager, used as a function)
@@ -146,14 +193,23 @@ class _all_held:  # noqa: N801  (a context manager, used as a function)
             manager.__exit__(*exc)
 
 
-def _own_memory(context: RuntimeContext, func: Any, names: str, value: Any) -> Any:
-    """Return `value` if it has memory of its own; refuse, or copy while reading out, if not."""
+def _own_memory(
+    context: RuntimeContext, func: Any, names: str, value: Any, whole: dict[int, SpilledAlias]
+) -> Any:
+    """Return `value` if it has memory of its own; refuse, or copy while reading out, if not.
+
+    `whole` are the aliases that `func` was given, by the address of their memory: one that is
+    returned, as by an operation in place, stays an alias.
+    """
     if not isinstance(value, torch.Tensor) or isinstance(value, torch.nn.Parameter):
         return value
     if value.untyped_storage().data_ptr() not in context.by_pointer:
         return value
     if context.reading_out:
         return value.detach().clone()
+    alias = whole.get(value.data_ptr())
+    if alias is not None and value.shape == alias.shape and value.stride() == alias.stride():
+        return alias
     raise _refused(func, names)
 
 

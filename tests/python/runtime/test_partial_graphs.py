@@ -166,7 +166,8 @@ def assert_equal(ours: Any, theirs: Any, where: str = "") -> None:
         for i, value in enumerate(theirs):
             assert_equal(ours[i], value, f"{where} [{i}]")
     else:
-        assert ours is None and theirs is None, where
+        assert theirs is None, where
+        assert ours is None, where
 
 
 def pair(tmp_path: Path, make: t.Model = t.Stack) -> tuple[nn.Module, nn.Module]:

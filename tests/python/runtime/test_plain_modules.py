@@ -89,7 +89,7 @@ class NormedWeights(nn.Module):
 
 
 class ConvNet(nn.Module):
-    """Convolutions of several kinds, batch and group norm, pooling: buffers that training changes."""
+    """Convolutions of several kinds, batch and group norm: buffers that training changes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -139,7 +139,9 @@ class Attention(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embed = nn.Embedding(64, 192)
-        self.attend = nn.ModuleList(nn.MultiheadAttention(192, 4, batch_first=True) for _ in range(5))
+        self.attend = nn.ModuleList(
+            nn.MultiheadAttention(192, 4, batch_first=True) for _ in range(5)
+        )
         self.head = nn.Linear(192, 64)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:

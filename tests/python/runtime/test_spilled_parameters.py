@@ -88,9 +88,8 @@ def test_memory_of_a_spilled_parameter_is_refused_by_name(
     _, param = spilled(pair)
     name = next(n for n, p in pair[1].named_parameters() if p is param)
     for use in (
-        lambda: param.data,
-        lambda: param.detach(),
         lambda: param.t(),
+        lambda: param.detach().view(-1),
         lambda: param[0],
         lambda: param.data_ptr(),
         lambda: param.untyped_storage(),
