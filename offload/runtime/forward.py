@@ -35,10 +35,14 @@ class ForwardHooks:
         self._saved = saved
         self._on_reset = on_reset
         self._trainer: threading.Thread | None = None
+        self._outer: dict[nn.Module, set[nn.Module]] = {}
+        """For each module those with hooks that contain it, itself among them."""
         self.handles: list[RemovableHandle] = []
 
     def add(self, module: nn.Module, units: list[Unit]) -> None:
         """Fetch `units` whenever `module` runs."""
+        for inner in module.modules():
+            self._outer.setdefault(inner, set()).add(module)
 
         def enter(module: nn.Module, args: Any) -> None:
             with self._context.lock:
@@ -92,8 +96,7 @@ class ForwardHooks:
             return False  # a recomputation inside a backward
         scopes = self._context.scopes.mine
         if scopes:
-            within = any(module is child for child in scopes[-1].module.modules())
-            return module is scopes[0].module or not within
+            return module is scopes[0].module or scopes[-1].module not in self._outer[module]
         # A backward is no longer running when the thread that trains begins a forward.
         trainer = self._trainer
         mine = trainer is None or trainer is threading.current_thread() or not trainer.is_alive()

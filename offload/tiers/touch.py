@@ -70,7 +70,7 @@ _NEEDS_MEMORY = {
 _SET_DATA = _T.data.__set__  # type: ignore[attr-defined]
 _GET_DATA = _T.data.__get__  # type: ignore[attr-defined]
 _ALIASES = (_T.detach, torch.detach, _GET_DATA)
-_WANTS_GRAD = (_T.requires_grad_, _T.requires_grad.__set__)  # type: ignore[attr-defined]
+_WANTS_GRAD = {_T.requires_grad_, _T.requires_grad.__set__}  # type: ignore[attr-defined]
 
 
 def touch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -79,16 +79,18 @@ def touch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     Raises:
         SpilledTensorError: the result would be memory of the slab, or `func` replaces the data.
     """
-    values = [v for v in tree_iter((args, kwargs)) if isinstance(v, _SPILLED)]
-    if any(func == wants for wants in _WANTS_GRAD) and isinstance(args[0], SpilledAlias):
-        raise SpilledTensorError(
-            "the detached values of a spilled parameter cannot require a gradient of their own: "
-            "take .detach().clone().requires_grad_()"
-        )
-    if func in _ABOUT or (func is _T.type and len(args) == 1 and not kwargs):
+    if func in _ABOUT:
+        if func in _WANTS_GRAD and isinstance(args[0], SpilledAlias):
+            raise SpilledTensorError(
+                "the detached values of a spilled parameter cannot require a gradient of their "
+                "own: take .detach().clone().requires_grad_()"
+            )
+        return _plainly(func, args, kwargs)
+    if func is _T.type and len(args) == 1 and not kwargs:
         return _plainly(func, args, kwargs)
     if func is torch.autograd.grad:
         return func(*tree_map(_edge, args), **tree_map(_edge, kwargs))
+    values = [v for v in tree_iter((args, kwargs)) if isinstance(v, _SPILLED)]
     params = list(dict.fromkeys(owner for v in values if (owner := _owner(v)) is not None))
     if not params:  # aliases of a model that was unwrapped
         return func(*tree_map(_real, args), **tree_map(_real, kwargs))
