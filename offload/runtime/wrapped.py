@@ -18,6 +18,8 @@ from offload.runtime.forward import ForwardHooks
 from offload.runtime.resources import Resources
 from offload.runtime.saved_tensors import SavedTensorHooks
 from offload.runtime.state_dict import add_state_dict_hooks
+from offload.tiers.grad_handle import GradHandle
+from offload.tiers.spent_grad import SpentGrad
 from offload.tiers.unit import OffloadedParam, SpilledParameter, Unit
 
 ATTRIBUTE = "_offload_wrapped"
@@ -93,6 +95,9 @@ class WrappedModel:
                 param.param.grad = grad
         for handle in self._handles:
             handle.remove()
+        for plain in self.model.parameters():
+            if not plain._post_accumulate_grad_hooks:  # ours was the only one, if any
+                plain._post_accumulate_grad_hooks = None  # type: ignore[assignment]
         for module in self.model.modules():
             module.__dict__.pop("_apply", None)
         for name in _REFUSED:
@@ -107,7 +112,8 @@ class WrappedModel:
             for param, copy in zip(unit.params, copies, strict=True):
                 if type(param.param) is SpilledParameter:
                     param.param.__class__ = nn.Parameter  # type: ignore[assignment]
-                param.param.grad = None
+                if isinstance(param.param.grad, GradHandle | SpentGrad):
+                    param.param.grad = None
                 param.param.data = copy
                 param.let_go()
             unit.attached = False
