@@ -1,7 +1,7 @@
 """offload: train models many times larger than memory, exactly, within a hard budget."""
 
 from offload import optim
-from offload.api import report, unwrap, wrap
+from offload.api import deferred_init, materialize, report, unwrap, wrap
 from offload.errors import (
     BudgetError,
     CorruptionError,
@@ -31,6 +31,8 @@ __all__ = [
     "SwapSpaceError",
     "TransferCancelledError",
     "UnsupportedError",
+    "deferred_init",
+    "materialize",
     "optim",
     "report",
     "unwrap",

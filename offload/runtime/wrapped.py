@@ -13,6 +13,7 @@ from offload.errors import OffloadError, UnsupportedError
 from offload.planner import UnitSpec
 from offload.policy import Policy
 from offload.runtime.backward import BackwardHooks
+from offload.runtime.deferred import to_memory
 from offload.runtime.discover import Discovery, find_units
 from offload.runtime.forward import ForwardHooks
 from offload.runtime.resources import Resources
@@ -58,6 +59,7 @@ class WrappedModel:
         self._forward = ForwardHooks(self.context, self._saved, self._backward.reset)
         self.context.saved_hooks = self._saved.active
         self._add_hooks(found, units)
+        to_memory(model.buffers())
 
     def _add_hooks(self, found: Discovery, units: list[Unit]) -> None:
         by_param = {param.param: unit for unit in units for param in unit.params}
