@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from os import PathLike, fspath
+from pathlib import Path
 from typing import TypeVar
 
 from torch import nn
 
+from offload.checkpoint import weights
+from offload.checkpoint.weights import IncompatibleKeys
 from offload.errors import PolicyError
 from offload.policy import Policy
 from offload.report import Report
@@ -93,6 +96,33 @@ def materialize(module: M) -> AbstractContextManager[M]:
             shape or dtype.
     """
     return Materialized(module)
+
+
+def load_weights(
+    model: nn.Module, path: str | PathLike[str], strict: bool = True
+) -> IncompatibleKeys:
+    """Load a safetensors checkpoint, one tensor at a time, straight to where the model lives.
+
+    What ``model.load_state_dict(checkpoint, strict)`` would do, for a wrapped model with no more
+    memory than one of its units; tensors of other dtypes are converted by ``copy_``. The model may
+    be a part of a wrapped one, deferred, or in ordinary memory too. Of tied weights one name is
+    enough. fp32 copies kept by ``offload.optim`` follow.
+
+    Args:
+        model: whose ``state_dict()`` has the checkpoint's names.
+        path: a .safetensors file, an index of shards (.json), or a folder with
+            model.safetensors or model.safetensors.index.json.
+        strict: whether names that only the model or only the checkpoint has are an error.
+
+    Returns:
+        The names that only the model has (``missing_keys``) or only the checkpoint
+        (``unexpected_keys``).
+
+    Raises:
+        CheckpointError: the file is none, or does not fit: names, shapes, dtypes; nothing was
+            changed then. Or it could not be read to its end, when part of it has been loaded.
+    """
+    return weights.load_weights(model, Path(path), strict)
 
 
 def report(model: nn.Module) -> Report:
