@@ -1,9 +1,10 @@
 """offload: train models many times larger than memory, exactly, within a hard budget."""
 
 from offload import optim
-from offload.api import report, unwrap, wrap
+from offload.api import deferred_init, load_weights, materialize, report, unwrap, wrap
 from offload.errors import (
     BudgetError,
+    CheckpointError,
     CorruptionError,
     OffloadError,
     PolicyError,
@@ -22,6 +23,7 @@ __all__ = [
     "AdamW",
     "Budget",
     "BudgetError",
+    "CheckpointError",
     "CorruptionError",
     "OffloadError",
     "Policy",
@@ -31,6 +33,9 @@ __all__ = [
     "SwapSpaceError",
     "TransferCancelledError",
     "UnsupportedError",
+    "deferred_init",
+    "load_weights",
+    "materialize",
     "optim",
     "report",
     "unwrap",

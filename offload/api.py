@@ -2,17 +2,45 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+from os import PathLike, fspath
+from pathlib import Path
 from typing import TypeVar
 
 from torch import nn
 
+from offload.checkpoint import weights
+from offload.checkpoint.weights import IncompatibleKeys
 from offload.errors import PolicyError
 from offload.policy import Policy
 from offload.report import Report
+from offload.runtime import deferred
+from offload.runtime.materialize import Materialized
 from offload.runtime.wrapped import ATTRIBUTE, WrappedModel, wrapped
 from offload.trace import Phase
 
 M = TypeVar("M", bound=nn.Module)
+
+
+def deferred_init(swap_dir: str | PathLike[str] | None = None) -> AbstractContextManager[None]:
+    """Build models within a block without their parameters ever being in RAM all at once.
+
+    Write ``with offload.deferred_init(): model = AnyModule(...)``; ``offload.wrap(model, policy)``
+    then moves it unit by unit to where the policy wants it. Parameters and generator are the same
+    bits as without the block. Until the model is wrapped, tensors of more than 64 KiB that were
+    made in the block lie in an unnamed file and are paged in as they are used: the model works,
+    slowly. ``materialize(model)`` brings them to ordinary memory.
+
+    Args:
+        swap_dir: where the file is, on a disk with room for the parameters; its space is given back
+            as they are moved or freed. None: /var/tmp.
+
+    Raises:
+        PolicyError: no directory was given, and /var/tmp is in memory.
+        SwapIOError: the directory cannot be used.
+        SwapSpaceError: within the block, when the disk is full.
+    """
+    return deferred.deferred_init(None if swap_dir is None else fspath(swap_dir))
 
 
 def wrap(model: M, policy: Policy) -> M:
@@ -48,6 +76,53 @@ def unwrap(model: M) -> M:
     wrapped(model).unwrap()
     del model.__dict__[ATTRIBUTE]
     return model
+
+
+def materialize(module: M) -> AbstractContextManager[M]:
+    """Have the parameters of a module as real tensors, for reading and writing.
+
+    ``with offload.materialize(model.layers[3]) as layer:`` holds those of a wrapped model, or of a
+    part of one, in memory while the block runs: they may be read, changed in place and through
+    ``.data``, inside and outside of a forward, and blocks may be nested. When the block ends, after
+    an exception too, what was written are the parameters' values, and fp32 copies kept by
+    ``offload.optim`` follow. A tensor that shares a parameter's memory is stale after the block.
+
+    What ``deferred_init`` made, and is not wrapped, gets ordinary memory at the call, for good; no
+    ``with`` is needed. A module that is in memory anyway is returned as it is.
+
+    Raises:
+        BudgetError: what the module has on disk does not fit into memory at once.
+        UnsupportedError: when the block ends, if ``.data`` was replaced by something of another
+            shape or dtype.
+    """
+    return Materialized(module)
+
+
+def load_weights(
+    model: nn.Module, path: str | PathLike[str], strict: bool = True
+) -> IncompatibleKeys:
+    """Load a safetensors checkpoint, one tensor at a time, straight to where the model lives.
+
+    What ``model.load_state_dict(checkpoint, strict)`` would do, for a wrapped model with no more
+    memory than one of its units; tensors of other dtypes are converted by ``copy_``. The model may
+    be a part of a wrapped one, deferred, or in ordinary memory too. Of tied weights one name is
+    enough. fp32 copies kept by ``offload.optim`` follow.
+
+    Args:
+        model: whose ``state_dict()`` has the checkpoint's names.
+        path: a .safetensors file, an index of shards (.json), or a folder with
+            model.safetensors or model.safetensors.index.json.
+        strict: whether names that only the model or only the checkpoint has are an error.
+
+    Returns:
+        The names that only the model has (``missing_keys``) or only the checkpoint
+        (``unexpected_keys``).
+
+    Raises:
+        CheckpointError: the file is none, or does not fit: names, shapes, dtypes; nothing was
+            changed then. Or it could not be read to its end, when part of it has been loaded.
+    """
+    return weights.load_weights(model, Path(path), strict)
 
 
 def report(model: nn.Module) -> Report:

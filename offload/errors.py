@@ -31,6 +31,10 @@ class CorruptionError(OffloadError, OSError):
     """The disk returned other bytes than were written (checksum mismatch, truncated file)."""
 
 
+class CheckpointError(OffloadError, RuntimeError):
+    """A file is no checkpoint, or not one of this model."""
+
+
 class TransferCancelledError(OffloadError):
     """A transfer was cancelled before it started."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -54,6 +55,7 @@ def find_units(model: nn.Module, names: Sequence[str] | None, limit: int) -> Dis
     roots = _named(modules, names) if names is not None else _blocks(model, limit)
     for name, param in model.named_parameters():
         _check(name, param)
+    _check_apart(model)
     owner: dict[nn.Parameter, FoundUnit] = {}
     units: list[FoundUnit] = []
     inside: set[nn.Module] = set()
@@ -163,3 +165,30 @@ def _check(name: str, param: nn.Parameter) -> None:
         raise UnsupportedError(
             f"{name} is a {param.layout} tensor on {param.device}; expected a dense one on the CPU"
         )
+
+
+def _check_apart(model: nn.Module) -> None:
+    """Refuse a parameter that shares memory with another or with a buffer: it would stop doing so.
+
+    Several names of one parameter are no such case.
+    """
+    ranges: dict[int, list[tuple[int, int, str, bool]]] = {}
+    for is_param, tensors in ((True, model.named_parameters()), (False, model.named_buffers())):
+        for name, tensor in tensors:
+            if tensor.device.type != "cpu" or tensor.layout is not torch.strided:
+                continue
+            if tensor.numel() == 0:
+                continue
+            last = sum((n - 1) * k for n, k in zip(tensor.shape, tensor.stride(), strict=True))
+            first = tensor.data_ptr()
+            end = first + (last + 1) * tensor.dtype.itemsize
+            storage = tensor.untyped_storage().data_ptr()
+            ranges.setdefault(storage, []).append((first, end, name, is_param))
+    for sharing in ranges.values():
+        sharing.sort(key=lambda item: item[:2])
+        for (_, end, name, is_param), (first, _, other, other_is_param) in pairwise(sharing):
+            if first < end and (is_param or other_is_param):
+                raise UnsupportedError(
+                    f"{name} and {other} are different tensors in the same memory, which they "
+                    "could not share on disk; make them one nn.Parameter, or copies"
+                )

@@ -13,11 +13,14 @@ from offload.errors import OffloadError, UnsupportedError
 from offload.planner import UnitSpec
 from offload.policy import Policy
 from offload.runtime.backward import BackwardHooks
+from offload.runtime.deferred import to_memory
 from offload.runtime.discover import Discovery, find_units
 from offload.runtime.forward import ForwardHooks
 from offload.runtime.resources import Resources
 from offload.runtime.saved_tensors import SavedTensorHooks
 from offload.runtime.state_dict import add_state_dict_hooks
+from offload.tiers.grad_handle import GradHandle
+from offload.tiers.spent_grad import SpentGrad
 from offload.tiers.unit import OffloadedParam, SpilledParameter, Unit
 
 ATTRIBUTE = "_offload_wrapped"
@@ -56,6 +59,7 @@ class WrappedModel:
         self._forward = ForwardHooks(self.context, self._saved, self._backward.reset)
         self.context.saved_hooks = self._saved.active
         self._add_hooks(found, units)
+        to_memory(model.buffers())
 
     def _add_hooks(self, found: Discovery, units: list[Unit]) -> None:
         by_param = {param.param: unit for unit in units for param in unit.params}
@@ -93,6 +97,9 @@ class WrappedModel:
                 param.param.grad = grad
         for handle in self._handles:
             handle.remove()
+        for plain in self.model.parameters():
+            if not plain._post_accumulate_grad_hooks:  # ours was the only one, if any
+                plain._post_accumulate_grad_hooks = None  # type: ignore[assignment]
         for module in self.model.modules():
             for name in ("_apply", *_REFUSED):
                 module.__dict__.pop(name, None)
@@ -106,7 +113,8 @@ class WrappedModel:
             for param, copy in zip(unit.params, copies, strict=True):
                 if type(param.param) is SpilledParameter:
                     param.param.__class__ = nn.Parameter  # type: ignore[assignment]
-                param.param.grad = None
+                if isinstance(param.param.grad, GradHandle | SpentGrad):
+                    param.param.grad = None
                 param.param.data = copy
                 param.let_go()
             unit.attached = False

@@ -91,7 +91,7 @@ class RuntimeContext:
         for param in unit.params:
             param.view(unit.param_slab).copy_(param.param.detach())
             param.take_over()
-            self._point(param)
+            self.point(param)
         unit.attached = True
         self._note_version(unit)
         if not placement.pin_params:
@@ -130,7 +130,7 @@ class RuntimeContext:
         self.updates.finish(unit, load=True)
         self.mover.fetch(unit.param_slab)
         for param in unit.params:
-            self._point(param)
+            self.point(param)
         unit.attached = True
         self._note_version(unit)
 
@@ -138,7 +138,7 @@ class RuntimeContext:
         """Make the unit's parameters placeholders again; the slab stays as it is."""
         if not unit.attached:
             return
-        self._note_changes(unit)
+        self.note_changes(unit)
         for param in unit.params:
             if type(param.param) is SpilledParameter:
                 continue  # Ctrl-C ended an earlier detach here
@@ -167,12 +167,15 @@ class RuntimeContext:
 
     def _rest(self, unit: Unit) -> None:
         """Nobody holds the unit any more, perhaps: leave it ready for eviction."""
-        if unit.forward_locks or unit.in_backward or unit.updating or unit.param_slab.pinned:
+        if unit.forward_locks or unit.holders or unit.in_backward or unit.updating:
+            return
+        if unit.param_slab.pinned:
             return
         self.detach(unit)
         self.mover.write_back(unit.param_slab)
 
-    def _point(self, param: OffloadedParam) -> None:
+    def point(self, param: OffloadedParam) -> None:
+        """Let the parameter, whose slab is in memory, be the slab's bytes."""
         view = param.view(param.unit.param_slab)
         if type(param.param) is SpilledParameter:
             param.param.__class__ = torch.nn.Parameter  # type: ignore[assignment]
@@ -183,8 +186,8 @@ class RuntimeContext:
     def _note_version(self, unit: Unit) -> None:
         unit.seen_version = sum(p.param._version for p in unit.params)
 
-    def _note_changes(self, unit: Unit) -> None:
-        """See whether the user changed the parameters while they were attached."""
+    def note_changes(self, unit: Unit) -> None:
+        """See whether the user changed the parameters, which are attached, and keep what is new."""
         version = sum(p.param._version for p in unit.params)
         slab = unit.param_slab
         replaced = [
@@ -195,6 +198,7 @@ class RuntimeContext:
         ]
         for param in replaced:  # by assigning to .data
             param.view(slab).copy_(param.param.data)
+            self.point(param)
         if replaced or version != unit.seen_version:
             unit.seen_version = version
             unit.version += 1
@@ -370,6 +374,9 @@ class RuntimeContext:
             self.prefetcher.start_updates()
         else:
             self.flush()
+        for unit in self.units:
+            if unit.holders:
+                self.attach(unit)
 
     def settle(self, unit: Unit) -> None:
         """Have the unit's pending update done. Raises the update's error."""
@@ -427,6 +434,22 @@ class RuntimeContext:
             unit.param_slab.locks -= 1
             unit.forward_locks -= 1
             self._rest(unit)
+
+    def hold(self, unit: Unit) -> None:
+        """Attach `unit` until let_go(), whatever else uses it meanwhile."""
+        unit.param_slab.locks += 1
+        unit.holders += 1
+        try:
+            self.attach(unit)
+        except BaseException:
+            self.let_go(unit)
+            raise
+
+    def let_go(self, unit: Unit) -> None:
+        """End what hold() began."""
+        unit.param_slab.locks -= 1
+        unit.holders -= 1
+        self._rest(unit)
 
     def close(self) -> None:
         """Finish what is pending and give everything back. Idempotent."""

@@ -70,6 +70,10 @@ class StateSlabs:
                 "optimizer at a time can update a parameter (load_state_dict() starts anew)"
             )
 
+    def tenant_at(self, first: int) -> Tenant | None:
+        """Return who has the state of the parameter at element `first`, if anybody."""
+        return self._tenants.get(first)
+
     def begin(self, tenant: Tenant, array: StateArray, values: torch.Tensor | None) -> None:
         """Let `tenant` use `array`, which holds `values` (flat; None: zero bytes)."""
         part = (tenant.first, array)

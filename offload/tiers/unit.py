@@ -138,6 +138,7 @@ class Unit:
 
     Attributes:
         forward_locks: modules in forward that use it.
+        holders: blocks outside of the recorded uses that work on its parameters.
         in_backward: its backward has begun and not all of its gradients have arrived.
         attached: its parameters' ``.data`` are the slab's memory.
         state: its optimizer state; None before the first update.
@@ -173,6 +174,7 @@ class Unit:
         self.grad_slab: Slab | None = None
         self.state: StateSlabs | None = None
         self.forward_locks = 0
+        self.holders = 0
         self.in_backward = False
         self.attached = False
         self.update: _native.Transfer | None = None

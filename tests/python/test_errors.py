@@ -31,6 +31,7 @@ def test_all_are_public() -> None:
         (errors.SwapIOError, OSError),
         (errors.CorruptionError, OSError),
         (errors.SpilledTensorError, RuntimeError),
+        (errors.CheckpointError, RuntimeError),
     ],
 )
 def test_builtin_bases(cls: type[Exception], builtin: type[Exception]) -> None:

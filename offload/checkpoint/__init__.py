@@ -1,0 +1,1 @@
+"""Checkpoints: weights on disk that others wrote."""
