@@ -79,6 +79,20 @@ def test_training_is_exact_at_every_budget(budget: int, tmp_path: Path) -> None:
     t.assert_same(t.plain(t.Stack, loop), t.offloaded(t.Stack, loop, tmp_path, budget))
 
 
+def test_a_model_of_24_blocks_trains_within_three_of_them(tmp_path: Path) -> None:
+    """Parameters and gradients of three blocks, in which staging and everything else must fit."""
+
+    def make() -> t.Stack:
+        return t.Stack(layers=24)
+
+    model = make()
+    block = sum(p.nbytes for p in model.blocks[0].parameters())
+    assert sum(p.nbytes for p in model.parameters()) > 20 * block
+    loop = Loop(steps=3)
+    ours = t.offloaded(make, loop, tmp_path, 3 * 2 * block, io_block_bytes="64KiB", **WHOLE_BLOCKS)
+    t.assert_same(t.plain(make, loop), ours)
+
+
 def test_units_named_by_hand_are_exact(tmp_path: Path) -> None:
     loop = Loop()
     ours = t.offloaded(
