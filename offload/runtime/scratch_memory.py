@@ -110,13 +110,14 @@ class ScratchMemory:
         weakref.finalize(self, os.close, self.fd)
         self.folder = folder
         self._window = window_bytes
+        self._process = os.getpid()
         self._segment: mmap.mmap | None = None
         self._segment_offset = self._used = self._end = 0
         self._resident: dict[Region, None] = {}  # the one used longest ago first
         self._resident_bytes = 0
 
     def storage(self, nbytes: int) -> torch.UntypedStorage:
-        """Return a storage of `nbytes`, rounded up to whole pages, of zero bytes.
+        """Return a storage of `nbytes` (at least one), which are zero.
 
         Raises:
             SwapSpaceError: the disk has no room.
@@ -131,7 +132,7 @@ class ScratchMemory:
         # The buffer is all that torch keeps: with it goes the region, and its space.
         ending = weakref.finalize(view, self._end_of, region)
         ending.atexit = False
-        storage = torch.frombuffer(view, dtype=torch.uint8).untyped_storage()
+        storage = torch.frombuffer(view, dtype=torch.uint8, count=max(1, nbytes)).untyped_storage()
         _regions[storage.data_ptr()] = region
         self.use([region])
         return storage
@@ -179,7 +180,8 @@ class ScratchMemory:
 
     def _end_of(self, region: Region) -> None:
         self._leave(region)
-        region.discard()
+        if os.getpid() == self._process:  # a forked child shares the parent's bytes
+            region.discard()
 
 
 def scratch_folder(folder: str | None) -> str:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
-from offload.tiers.context import RuntimeContext
 from offload.tiers.state_layout import MASTER, StateArray
 from offload.tiers.unit import OffloadedParam, Unit
+
+if TYPE_CHECKING:
+    from offload.tiers.context import RuntimeContext
 
 _MASTER = StateArray(MASTER, torch.float32)
 

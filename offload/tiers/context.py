@@ -20,6 +20,7 @@ from offload import _native
 from offload.errors import OffloadError, SpilledTensorError, UnsupportedError
 from offload.planner import Plan
 from offload.policy import Policy
+from offload.tiers.changed_values import refresh_masters
 from offload.tiers.grad_handle import GradHandle, GradState
 from offload.tiers.mover import Mover
 from offload.tiers.prefetcher import Prefetcher
@@ -345,6 +346,8 @@ class RuntimeContext:
             seed: of stochastic rounding.
             segments: one per parameter, ascending.
         """
+        if unit.holders:
+            refresh_masters(self, unit)
         whole = len(segments) == len(unit.trainable)
         state, grads = self.state_of(unit).of(layout, whole=whole), self._gradients(unit)
         self.detach(unit)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import training as t
 from initialised import MAKERS, Buffered, Tied
 from torch import nn
 
@@ -48,7 +49,8 @@ def assert_same(ours: nn.Module, theirs: nn.Module) -> None:
 
 
 def deferred_bytes(module: nn.Module) -> int:
-    return sum(t.nbytes for t in tensors(module).values() if region_of(t) is not None)
+    found = tensors(module).values()
+    return sum(tensor.nbytes for tensor in found if region_of(tensor) is not None)
 
 
 @pytest.mark.parametrize("name", MAKERS)
@@ -100,8 +102,6 @@ def test_a_generator_of_the_callers_own_advances_alike(tmp_path: Path) -> None:
 
 
 def test_a_wrapped_deferred_model_trains_as_an_eager_one(tmp_path: Path) -> None:
-    import training as t
-
     loop = t.Loop(steps=3)
     expected = t.plain(lambda: t.Stack(tied=True), loop)
 
@@ -208,6 +208,7 @@ def test_a_default_folder_in_memory_is_refused(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_dropped_model_gives_its_space_back(tmp_path: Path) -> None:
+    gc.collect()
     before = len(list(Path("/proc/self/fd").iterdir()))
     with offload.deferred_init(tmp_path):
         kept = nn.Linear(512, 512)
@@ -226,3 +227,31 @@ def test_tied_parameters_stay_one_when_part_of_a_model_is_materialized(tmp_path:
     assert model.head.weight is model.embed.weight
     assert region_of(model.embed.weight) is None
     assert region_of(model.blocks[1].weight) is not None
+
+
+def test_a_model_may_be_wrapped_and_trained_within_the_block(tmp_path: Path) -> None:
+    loop = t.Loop(steps=2, grads=False)
+    expected = t.plain(t.Stack, loop)
+    with offload.deferred_init(tmp_path):
+        found = t.offloaded(t.Stack, loop, tmp_path, 16 << 20)
+    t.assert_same(expected, found)
+
+
+def test_a_forked_child_that_drops_the_model_leaves_the_parents_alone(tmp_path: Path) -> None:
+    with offload.deferred_init(tmp_path):
+        linear = nn.Linear(512, 512)
+    before = linear.weight.detach().clone()
+    child = os.fork()
+    if child == 0:
+        del linear
+        gc.collect()
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    assert torch.equal(linear.weight, before)
+
+
+def test_saving_writes_no_more_than_the_tensors(tmp_path: Path) -> None:
+    with offload.deferred_init(tmp_path):
+        linear = nn.Linear(129, 129)
+    torch.save(linear.state_dict(), tmp_path / "saved.pt")
+    assert (tmp_path / "saved.pt").stat().st_size < 4 * 129 * 130 + 2000

@@ -149,7 +149,10 @@ def test_a_step_inside_the_block_is_seen_there(lazy: bool, tmp_path: Path) -> No
     assert_same(model, plain)
 
 
-def test_master_copies_follow_the_change_and_keep_their_bits_elsewhere(tmp_path: Path) -> None:
+@pytest.mark.parametrize("step_inside", [False, True])
+def test_master_copies_follow_the_change_and_keep_their_bits_elsewhere(
+    step_inside: bool, tmp_path: Path
+) -> None:
     def make() -> nn.Module:
         return nn.Sequential(*[nn.Linear(256, 256) for _ in range(12)]).to(torch.bfloat16)
 
@@ -172,12 +175,15 @@ def test_master_copies_follow_the_change_and_keep_their_bits_elsewhere(tmp_path:
     before = optimizers[1].state_dict()
     with offload.materialize(model[5]) as layer:
         layer.weight.data[3] = 5.0
+        if step_inside:
+            step(model, optimizers[0])
     with torch.no_grad():  # the reference: the master copy is set by hand
         plain[5].weight[3] = 5.0
         before["state"][10]["master"][3] = 5.0
     optimizers[1].load_state_dict(before)
-    for net, optimizer in zip((model, plain), optimizers, strict=True):
-        step(net, optimizer)
+    if not step_inside:
+        step(model, optimizers[0])
+    step(plain, optimizers[1])
     assert_same(model, plain)
     state = [optimizer.state_dict()["state"] for optimizer in optimizers]
     for number in state[1]:
