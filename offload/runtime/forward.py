@@ -40,7 +40,7 @@ class ForwardHooks:
         self.handles: list[RemovableHandle] = []
 
     def add(self, module: nn.Module, units: list[Unit]) -> None:
-        """Fetch `units` whenever `module` runs."""
+        """Fetch `units` whenever `module` runs; what it touches beyond them is let go after it."""
         for inner in module.modules():
             self._outer.setdefault(inner, set()).add(module)
 
@@ -79,7 +79,7 @@ class ForwardHooks:
         scope = self._context.scopes.close()
         if scope.hooks_pushed:
             self._saved.pop()
-        for unit in scope.units:
+        for unit in scope.units + scope.touched:
             self._context.release(unit)
         return scope.module
 
@@ -96,7 +96,7 @@ class ForwardHooks:
             return False  # a recomputation inside a backward
         scopes = self._context.scopes.mine
         if scopes:
-            return module is scopes[0].module or scopes[-1].module not in self._outer[module]
+            return module is scopes[0].module or scopes[0].module not in self._outer[module]
         # A backward is no longer running when the thread that trains begins a forward.
         trainer = self._trainer
         mine = trainer is None or trainer is threading.current_thread() or not trainer.is_alive()
