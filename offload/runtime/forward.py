@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from offload.runtime.saved_tensors import SavedTensorHooks
 from offload.tiers.context import RuntimeContext
+from offload.tiers.uncompiled import uncompiled
 from offload.tiers.unit import Unit
 from offload.trace import Phase
 
@@ -52,8 +53,8 @@ class ForwardHooks:
             with self._context.lock:
                 self._leave(module)
 
-        self.handles.append(module.register_forward_pre_hook(enter, prepend=True))
-        self.handles.append(module.register_forward_hook(leave, always_call=True))
+        self.handles.append(module.register_forward_pre_hook(uncompiled(enter), prepend=True))
+        self.handles.append(module.register_forward_hook(uncompiled(leave), always_call=True))
 
     def _enter(self, module: nn.Module, units: list[Unit]) -> None:
         context = self._context

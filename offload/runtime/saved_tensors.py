@@ -16,11 +16,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
 from offload.tiers.context import RuntimeContext
+from offload.tiers.uncompiled import uncompiled
 from offload.tiers.unit import OffloadedParam
 
 Pack = Callable[[torch.Tensor], Any]
@@ -68,6 +70,8 @@ class SavedTensorHooks:
         """Hooks that replace what lies in the slabs of `context`."""
         self._context = context
         self._marker = object()
+        self._pack_hook = uncompiled(self._pack)
+        self._unpack_hook = uncompiled(self._unpack)
 
     def push(self, show: bool = False) -> bool:
         """Activate the hooks in this thread; False when they are already the active ones.
@@ -80,22 +84,9 @@ class SavedTensorHooks:
         top = active_hooks()
         if top is not None and getattr(top[0], "marker", None) is self._marker:
             return False
-        outer_pack, outer_unpack = top if top is not None else (None, None)
-
-        def pack(tensor: torch.Tensor) -> Any:
-            reference = self._reference(tensor)
-            if outer_pack is not None and outer_unpack is not None:
-                if reference is None:
-                    return _Outer(outer_pack(tensor), outer_unpack)
-                if show:
-                    return _Outer(outer_pack(tensor.detach()), outer_unpack)
-            if reference is not None:
-                return reference
-            # Detached: an output that keeps itself alive through its own node would never be freed.
-            return _Kept(tensor.detach(), tensor._version)
-
+        pack = partial(self._pack_hook, top, show)
         pack.marker = self._marker  # type: ignore[attr-defined]
-        torch._C._autograd._push_saved_tensors_default_hooks(pack, self._unpack)
+        torch._C._autograd._push_saved_tensors_default_hooks(pack, self._unpack_hook)
         return True
 
     def pop(self) -> None:
@@ -111,6 +102,16 @@ class SavedTensorHooks:
         finally:
             if pushed:
                 self.pop()
+
+    def _pack(self, outer: tuple[Pack, Unpack] | None, show: bool, tensor: torch.Tensor) -> Any:
+        reference = self._reference(tensor)
+        if outer is not None and (reference is None or show):
+            pack, unpack = outer
+            return _Outer(pack(tensor if reference is None else tensor.detach()), unpack)
+        if reference is not None:
+            return reference
+        # Detached: an output that keeps itself alive through its own node would never be freed.
+        return _Kept(tensor.detach(), tensor._version)
 
     def _reference(self, tensor: torch.Tensor) -> _SlabReference | None:
         if tensor.layout is not torch.strided or type(tensor) not in _PLAIN:

@@ -94,7 +94,7 @@ def touch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return func(*tree_map(_edge, args), **tree_map(_edge, kwargs))
     values = [v for v in tree_iter((args, kwargs)) if isinstance(v, _SPILLED)]
     params = list(dict.fromkeys(owner for v in values if (owner := _owner(v)) is not None))
-    if not params:  # aliases of a model that was unwrapped
+    if not params:  # aliases of a model that was unwrapped, or attached since (by torch.compile)
         return func(*tree_map(_real, args), **tree_map(_real, kwargs))
     first = params[0]
     if func is _T.stride:
