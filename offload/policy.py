@@ -98,7 +98,8 @@ class Policy:
             their own, are striped in proportion to their rates. None: nothing may be spilled, and
             a model that does not fit into the host budget is refused.
         units: names of modules (as in ``model.named_modules()``) whose parameters are fetched and
-            released together. None: found automatically.
+            released together. None: found automatically; each expert of a mixture that keeps its
+            experts in a ``ModuleList`` or ``ModuleDict`` is one.
         max_unit_bytes: a block found automatically is split into its child modules while it is
             larger than this. None: 1/24 of the host budget, so that several units fit at once.
         io_engine: "auto" (io_uring where the kernel offers it, threads elsewhere), "io_uring" or

@@ -1,10 +1,11 @@
 """The planner: from units and budgets to an immutable plan. Pure functions, no torch."""
 
-from offload.planner.placement import place, smallest_budget
+from offload.planner.placement import SMALL_BYTES, place, smallest_budget
 from offload.planner.spec import DiskSpec, Placement, Plan, Traffic, UnitSpec
 from offload.planner.traffic import step_traffic
 
 __all__ = [
+    "SMALL_BYTES",
     "DiskSpec",
     "Placement",
     "Plan",

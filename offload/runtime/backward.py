@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from offload.tiers.context import RuntimeContext
 from offload.tiers.grad_handle import GradHandle, GradState
 from offload.tiers.spent_grad import SpentGrad, second_gradient
+from offload.tiers.uncompiled import uncompiled
 from offload.tiers.unit import OffloadedParam
 
 
@@ -54,9 +55,9 @@ class BackwardHooks:
             view: Any = param.param.view_as(param.param)
         node = view.grad_fn.next_functions[0][0]
         param.accumulate_grad = node
-        self.handles.append(node.register_prehook(before))
+        self.handles.append(node.register_prehook(uncompiled(before)))
         register: Any = param.param.register_post_accumulate_grad_hook
-        self.handles.append(register(after))
+        self.handles.append(register(uncompiled(after)))
         _run_first(param.param, self.handles[-1])
 
     def on_backward(self) -> None:

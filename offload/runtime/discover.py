@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from offload.errors import PolicyError, UnsupportedError
+from offload.planner import SMALL_BYTES
 
 
 @dataclass
@@ -17,7 +18,8 @@ class FoundUnit:
     """A module and parameters that are fetched when it runs.
 
     Attributes:
-        own: parameters that belong to this unit, of one dtype, with their qualified names.
+        own: parameters that belong to this unit, all of one dtype and all trained or all frozen,
+            with their qualified names.
         nested: the module contains other units.
     """
 
@@ -43,9 +45,11 @@ def find_units(model: nn.Module, names: Sequence[str] | None, limit: int) -> Dis
     """Return the units of `model`.
 
     With `names`, these modules are units, whole. Otherwise the children of every ModuleList and
-    Sequential are, split into their own children while they hold more than `limit` bytes. What
-    remains becomes units of its own: each module that owns parameters directly. Where a module's
-    parameters are of several dtypes, those of each are a unit.
+    Sequential are, split into their own children while they hold more than `limit` bytes or
+    contain experts: modules alike in a ModuleList or ModuleDict, of which a forward may use some
+    only, so that each is a unit. What remains becomes units of its own: each module that owns
+    parameters directly. Where a module's parameters are of several dtypes, or some are frozen,
+    those of each kind are a unit.
 
     Raises:
         PolicyError: a name is not a module, or one named module contains another.
@@ -83,24 +87,28 @@ def find_units(model: nn.Module, names: Sequence[str] | None, limit: int) -> Dis
         ]
         if foreign:
             shared.append((module, foreign))
-    return Discovery([part for unit in units for part in _by_dtype(unit)], shared)
+    return Discovery([part for unit in units for part in _by_kind(unit)], shared)
 
 
-def _by_dtype(unit: FoundUnit) -> list[FoundUnit]:
-    """Split `unit` into units of one dtype each: an optimizer updates a unit in one format."""
-    own: dict[torch.dtype, list[tuple[str, nn.Parameter]]] = {}
+def _by_kind(unit: FoundUnit) -> list[FoundUnit]:
+    """Split `unit` into units of one kind each.
+
+    An optimizer updates a unit in one format, and what is written with a trained parameter is
+    written again in every step.
+    """
+    own: dict[tuple[torch.dtype, bool], list[tuple[str, nn.Parameter]]] = {}
     for name, param in unit.own:
-        own.setdefault(param.dtype, []).append((name, param))
+        own.setdefault((param.dtype, param.requires_grad), []).append((name, param))
     if len(own) == 1:
         return [unit]
-    return [
-        FoundUnit(f"{unit.name} ({_short(dtype)})", unit.module, params, unit.nested)
-        for dtype, params in own.items()
-    ]
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+    dtypes = {dtype for dtype, _ in own}
+    parts = []
+    for (dtype, trained), params in own.items():
+        kind = [str(dtype).removeprefix("torch.")] if len(dtypes) > 1 else []
+        kind += [] if trained else ["frozen"]
+        name = f"{unit.name} ({', '.join(kind)})" if kind else unit.name
+        parts.append(FoundUnit(name, unit.module, params, unit.nested))
+    return parts
 
 
 def _claim(
@@ -145,8 +153,8 @@ def _blocks(model: nn.Module, limit: int) -> list[str]:
             if child not in seen and any(True for _ in child.parameters())
         ]
         seen.update(child for _, child in children)
-        nbytes = sum(p.numel() * p.dtype.itemsize for p in module.parameters())
-        if nbytes <= limit or not children:
+        is_whole = _nbytes(module) <= limit and not any(map(_is_experts, module.modules()))
+        if is_whole or not children:
             found.append(path)
             return
         for child_path, child in children:
@@ -154,6 +162,24 @@ def _blocks(model: nn.Module, limit: int) -> list[str]:
 
     visit("", model)
     return found
+
+
+def _is_experts(module: nn.Module) -> bool:
+    """Whether the children of `module` are alike, and large enough to be moved one by one."""
+    children = list(module.children())
+    if not isinstance(module, nn.ModuleList | nn.ModuleDict) or len(children) < 2:
+        return False
+    if min(map(_nbytes, children)) <= SMALL_BYTES:
+        return False
+    return len({(type(child), _shapes(child)) for child in children}) == 1
+
+
+def _shapes(module: nn.Module) -> tuple[tuple[str, torch.Size], ...]:
+    return tuple((name, param.shape) for name, param in module.named_parameters())
+
+
+def _nbytes(module: nn.Module) -> int:
+    return sum(p.numel() * p.dtype.itemsize for p in module.parameters())
 
 
 def _check(name: str, param: nn.Parameter) -> None:

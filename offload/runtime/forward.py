@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from offload.runtime.saved_tensors import SavedTensorHooks
 from offload.tiers.context import RuntimeContext
+from offload.tiers.uncompiled import uncompiled
 from offload.tiers.unit import Unit
 from offload.trace import Phase
 
@@ -40,7 +41,7 @@ class ForwardHooks:
         self.handles: list[RemovableHandle] = []
 
     def add(self, module: nn.Module, units: list[Unit]) -> None:
-        """Fetch `units` whenever `module` runs."""
+        """Fetch `units` whenever `module` runs; what it touches beyond them is let go after it."""
         for inner in module.modules():
             self._outer.setdefault(inner, set()).add(module)
 
@@ -52,8 +53,8 @@ class ForwardHooks:
             with self._context.lock:
                 self._leave(module)
 
-        self.handles.append(module.register_forward_pre_hook(enter, prepend=True))
-        self.handles.append(module.register_forward_hook(leave, always_call=True))
+        self.handles.append(module.register_forward_pre_hook(uncompiled(enter), prepend=True))
+        self.handles.append(module.register_forward_hook(uncompiled(leave), always_call=True))
 
     def _enter(self, module: nn.Module, units: list[Unit]) -> None:
         context = self._context
@@ -79,7 +80,7 @@ class ForwardHooks:
         scope = self._context.scopes.close()
         if scope.hooks_pushed:
             self._saved.pop()
-        for unit in scope.units:
+        for unit in scope.units + scope.touched:
             self._context.release(unit)
         return scope.module
 
@@ -96,7 +97,7 @@ class ForwardHooks:
             return False  # a recomputation inside a backward
         scopes = self._context.scopes.mine
         if scopes:
-            return module is scopes[0].module or scopes[-1].module not in self._outer[module]
+            return module is scopes[0].module or scopes[0].module not in self._outer[module]
         # A backward is no longer running when the thread that trains begins a forward.
         trainer = self._trainer
         mine = trainer is None or trainer is threading.current_thread() or not trainer.is_alive()

@@ -4,6 +4,11 @@ Within the forward of a wrapped model every tensor that autograd saves and that 
 slab (a weight, a view such as ``weight.t()``) is replaced by a reference (parameter, offset, shape,
 stride); the backward fetches its unit again. Other tensors pass through to the hooks that were
 active before, such as those of activation checkpointing, or are kept as they are.
+
+Checkpointing counts what is saved in the forward and in the recomputation. So where it is active
+outside of a module's hooks, it sees of that module only what is not replaced, both times; where it
+is active inside of them, it sees all, and a weight touched by the recomputation (touch.py), which
+the module's hooks do not surround, is shown to it.
 """
 
 from __future__ import annotations
@@ -11,11 +16,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
 from offload.tiers.context import RuntimeContext
+from offload.tiers.uncompiled import uncompiled
 from offload.tiers.unit import OffloadedParam
 
 Pack = Callable[[torch.Tensor], Any]
@@ -59,32 +66,27 @@ class _Outer:
 class SavedTensorHooks:
     """The hooks of one wrapped model."""
 
-    def __init__(self, context: RuntimeContext, on_backward: Callable[[], None]) -> None:
-        """`on_backward` is called when a backward pass needs something of the model."""
+    def __init__(self, context: RuntimeContext) -> None:
+        """Hooks that replace what lies in the slabs of `context`."""
         self._context = context
-        self._on_backward = on_backward
         self._marker = object()
+        self._pack_hook = uncompiled(self._pack)
+        self._unpack_hook = uncompiled(self._unpack)
 
-    def push(self) -> bool:
-        """Activate the hooks in this thread; False when they are already the active ones."""
+    def push(self, show: bool = False) -> bool:
+        """Activate the hooks in this thread; False when they are already the active ones.
+
+        With `show`, hooks that were active before are given what lies in a slab too, as a tensor
+        that keeps its memory whatever becomes of the parameter.
+        """
         if not torch.is_grad_enabled():
             return False
         top = active_hooks()
         if top is not None and getattr(top[0], "marker", None) is self._marker:
             return False
-        outer_pack, outer_unpack = top if top is not None else (None, None)
-
-        def pack(tensor: torch.Tensor) -> Any:
-            reference = self._reference(tensor)
-            if reference is not None:
-                return reference
-            if outer_pack is not None and outer_unpack is not None:
-                return _Outer(outer_pack(tensor), outer_unpack)
-            # Detached: an output that keeps itself alive through its own node would never be freed.
-            return _Kept(tensor.detach(), tensor._version)
-
+        pack = partial(self._pack_hook, top, show)
         pack.marker = self._marker  # type: ignore[attr-defined]
-        torch._C._autograd._push_saved_tensors_default_hooks(pack, self._unpack)
+        torch._C._autograd._push_saved_tensors_default_hooks(pack, self._unpack_hook)
         return True
 
     def pop(self) -> None:
@@ -93,13 +95,23 @@ class SavedTensorHooks:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Have the hooks active within a block."""
-        pushed = self.push()
+        """Have the hooks active within a block, showing all to those that were active before."""
+        pushed = self.push(show=True)
         try:
             yield
         finally:
             if pushed:
                 self.pop()
+
+    def _pack(self, outer: tuple[Pack, Unpack] | None, show: bool, tensor: torch.Tensor) -> Any:
+        reference = self._reference(tensor)
+        if outer is not None and (reference is None or show):
+            pack, unpack = outer
+            return _Outer(pack(tensor if reference is None else tensor.detach()), unpack)
+        if reference is not None:
+            return reference
+        # Detached: an output that keeps itself alive through its own node would never be freed.
+        return _Kept(tensor.detach(), tensor._version)
 
     def _reference(self, tensor: torch.Tensor) -> _SlabReference | None:
         if tensor.layout is not torch.strided or type(tensor) not in _PLAIN:
@@ -139,9 +151,8 @@ class SavedTensorHooks:
                     f"inplace operation: the parameters of {unit.name} were changed (by an "
                     "optimizer step, say) between this forward and its backward"
                 )
-            self._on_backward()
             context.begin_backward(unit)
-            context.attach(unit)
+            context.load(unit)
             whole = reference.param.view(unit.param_slab)
             if whole.dtype is not reference.dtype:
                 whole = whole.view(reference.dtype)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
@@ -12,14 +14,28 @@ from offload.tiers.context import RuntimeContext
 
 
 def add_state_dict_hooks(model: nn.Module, context: RuntimeContext) -> list[RemovableHandle]:
-    """Make ``state_dict`` hold current values: copies of what is spilled, aliases of the rest."""
+    """Make ``state_dict`` hold current values: copies of what is spilled, aliases of the rest.
+
+    What is tied is one tensor: savers tell by its memory that it is to be stored once.
+    """
     handles: list[RemovableHandle] = []
+    first: dict[nn.Parameter, tuple[str, weakref.ref[torch.Tensor]]] = {}
 
     def begin(module: nn.Module, prefix: str, keep_vars: bool) -> None:
         context.reading_out = True
 
     def end(module: nn.Module, state_dict: Any, prefix: str, metadata: Any) -> None:
         context.reading_out = False
+        for name, param in module.named_parameters(recurse=False):
+            key = prefix + name
+            if key not in state_dict:
+                continue
+            first_key, value = first.get(param, (key, None))
+            earlier = None if value is None else value()
+            if earlier is not None and key != first_key and state_dict.get(first_key) is earlier:
+                state_dict[key] = earlier
+            else:
+                first[param] = key, weakref.ref(state_dict[key])
 
     def before_load(
         module: nn.Module, state_dict: Any, prefix: str, metadata: dict[str, Any], *rest: Any

@@ -54,8 +54,9 @@ class WrappedModel:
         except BaseException:
             self._restore()
             raise
-        self._saved = SavedTensorHooks(self.context, lambda: self._backward.on_backward())
+        self._saved = SavedTensorHooks(self.context)
         self._backward = BackwardHooks(self.context)
+        self.context.on_backward = self._backward.on_backward
         self._forward = ForwardHooks(self.context, self._saved, self._backward.reset)
         self.context.saved_hooks = self._saved.active
         self._add_hooks(found, units)
@@ -70,6 +71,9 @@ class WrappedModel:
             for other in dict.fromkeys(by_param[p] for p in params):
                 if other not in uses.setdefault(module, []):
                     uses[module].append(other)
+        for module in list(self.model.modules()):  # those around a unit that use its weights
+            if any(child in uses for child in module.modules()):
+                uses.setdefault(module, [])
         for module, needed in uses.items():
             self._forward.add(module, needed)
         for unit in units:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from offload.tiers.uncompiled import uncompiled_later
 from offload.tiers.unit import OffloadedParam, owner_of
 
 
@@ -32,6 +33,7 @@ class SpilledAlias(torch.Tensor):
         return owner_of(self._param)
 
     @classmethod
+    @uncompiled_later
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run `func` on the parameter's current bytes."""
         from offload.tiers.touch import touch

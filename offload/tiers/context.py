@@ -44,7 +44,8 @@ class RuntimeContext:
         space: the swap space that its slabs on disk live in; None: nothing spills.
         state_home: StateHome.of_context() makes it.
         reading_out: detach() of a spilled parameter returns a copy (state_dict is being made).
-        saved_hooks: a context in which autograd saves no slab memory.
+        saved_hooks: a context in which autograd saves no parameter that is about to be detached.
+        on_backward: called when a backward needs something of the model.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class RuntimeContext:
         """Attached parameters by the address of their memory."""
         self.reading_out = False
         self.saved_hooks: Callable[[], AbstractContextManager[None]] = nullcontext
+        self.on_backward: Callable[[], None] = lambda: None
         self.closed = False
 
     # -- building -------------------------------------------------------------------------------
@@ -128,12 +130,16 @@ class RuntimeContext:
         """Have the unit's parameters usable: current bytes, in memory."""
         if unit.attached and not unit.updating:
             return
-        self.updates.finish(unit, load=True)
-        self.mover.fetch(unit.param_slab)
+        self.load(unit)
         for param in unit.params:
             self.point(param)
         unit.attached = True
         self._note_version(unit)
+
+    def load(self, unit: Unit) -> None:
+        """Have the current bytes of the unit's parameters in their slab's memory."""
+        self.updates.finish(unit, load=True)
+        self.mover.fetch(unit.param_slab)
 
     def detach(self, unit: Unit) -> None:
         """Make the unit's parameters placeholders again; the slab stays as it is."""
@@ -160,6 +166,13 @@ class RuntimeContext:
             unit.forward_locks -= 1
             raise
 
+    def join_scope(self, units: list[Unit]) -> None:
+        """Acquire `units` until the innermost scope ends, or until there is no room for others."""
+        scope = self.scopes.mine[-1]
+        for unit in units:
+            self.acquire(unit, Phase.FORWARD)
+        scope.touched += units
+
     def release(self, unit: Unit) -> None:
         """End a use begun by acquire()."""
         unit.param_slab.locks -= 1
@@ -168,12 +181,11 @@ class RuntimeContext:
 
     def _rest(self, unit: Unit) -> None:
         """Nobody holds the unit any more, perhaps: leave it ready for eviction."""
-        if unit.forward_locks or unit.holders or unit.in_backward or unit.updating:
-            return
-        if unit.param_slab.pinned:
+        if unit.forward_locks or unit.holders or unit.updating or unit.param_slab.pinned:
             return
         self.detach(unit)
-        self.mover.write_back(unit.param_slab)
+        if not unit.in_backward:
+            self.mover.write_back(unit.param_slab)
 
     def point(self, param: OffloadedParam) -> None:
         """Let the parameter, whose slab is in memory, be the slab's bytes."""
@@ -208,12 +220,17 @@ class RuntimeContext:
     # -- gradients ------------------------------------------------------------------------------
 
     def begin_backward(self, unit: Unit) -> None:
-        """A use of `unit` in a backward pass: hold it until its gradients are complete."""
+        """A use of `unit` in a backward pass: hold it until its gradients are complete.
+
+        Its parameters are not attached: autograd has the slab's memory from load(). So what a
+        recomputation inside the backward does with them is seen by touch().
+        """
+        self.on_backward()
         if unit.in_backward:
             return
-        # Nothing tells when a unit without gradients is done with; another unit's turn does.
-        for other in [u for u in self.in_backward if not u.expected]:
-            self.end_unit_backward(other)
+        if unit.grad_slab is None:  # nothing tells when it is done with but the turn of the next
+            for other in [u for u in self.in_backward if u.grad_slab is None]:
+                self.end_unit_backward(other)
         unit.in_backward = True
         self.in_backward[unit] = None
         self._lock_for_backward(unit, 1)
@@ -390,13 +407,17 @@ class RuntimeContext:
         self.updates.flush()
 
     def _relieve(self) -> bool:
-        """Make a user of memory let go: an update by waiting, a backward by fetching later."""
+        """Make a user of memory let go: an update by waiting, others by fetching again later."""
         for unit in self.updates.running:
             self.settle(unit)
             return True
         for unit in self.in_backward:
             self.end_unit_backward_partially(unit)
             return True
+        for scope in self.scopes.mine:
+            if scope.touched:
+                self.release(scope.touched.pop(0))
+                return True
         return False
 
     # -- interruption and the end ---------------------------------------------------------------

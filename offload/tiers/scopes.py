@@ -18,11 +18,14 @@ class Scope:
 
     Attributes:
         units: held until the call ends.
+        touched: used from outside of their own modules; held until the call ends or there is no
+            room for others.
         hooks_pushed: saved-tensor hooks were activated for it.
     """
 
     module: nn.Module
     units: list[Unit] = field(default_factory=list)
+    touched: list[Unit] = field(default_factory=list)
     hooks_pushed: bool = False
 
 

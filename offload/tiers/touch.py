@@ -2,8 +2,11 @@
 
 1. Questions about the parameter (shape, dtype, grad, hooks) are answered as they are.
 2. Inside the forward of a hooked module, its unit is fetched and stays until that module's
-   forward ends: this is how a weight used outside of its own module is found.
-3. Elsewhere its unit is fetched for the one call. ``detach()`` and ``.data`` return an alias
+   forward ends, or until its memory is needed: this is how a weight used outside of its own
+   module is found.
+3. In a recomputation inside a backward (checkpointing within a module's hooks) its unit's backward
+   begins, which holds it, and it is attached for the one call.
+4. Elsewhere its unit is fetched for the one call. ``detach()`` and ``.data`` return an alias
    (alias.py) that does the same at each use. Other results that would share memory with the slab
    are refused, since the slab may leave at any time; ``clone()`` is always possible.
 """
@@ -20,7 +23,6 @@ from offload.errors import SpilledTensorError
 from offload.tiers.alias import SpilledAlias
 from offload.tiers.context import RuntimeContext
 from offload.tiers.unit import OffloadedParam, SpilledParameter, Unit, owner_of
-from offload.trace import Phase
 
 _T = torch.Tensor
 
@@ -92,7 +94,7 @@ def touch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return func(*tree_map(_edge, args), **tree_map(_edge, kwargs))
     values = [v for v in tree_iter((args, kwargs)) if isinstance(v, _SPILLED)]
     params = list(dict.fromkeys(owner for v in values if (owner := _owner(v)) is not None))
-    if not params:  # aliases of a model that was unwrapped
+    if not params:  # aliases of a model that was unwrapped, or attached since (by torch.compile)
         return func(*tree_map(_real, args), **tree_map(_real, kwargs))
     first = params[0]
     if func is _T.stride:
@@ -145,12 +147,14 @@ def _fetched(
     kwargs: dict[str, Any],
 ) -> Any:
     units = list({param.unit: None for param in params})
-    scopes = context.scopes.mine
-    if scopes:
-        for unit in units:
-            context.acquire(unit, Phase.FORWARD)
-            scopes[-1].units.append(unit)
+    if context.scopes.mine:
+        context.join_scope(units)
         return func(*tree_map(_real, args), **tree_map(_real, kwargs))
+    if torch._C._current_graph_task_id() != -1 and torch.is_grad_enabled():
+        for unit in units:
+            context.begin_backward(unit)
+        with _all_held(context, units), context.saved_hooks():
+            return func(*tree_map(_real, args), **tree_map(_real, kwargs))
     names = ", ".join(param.name for param in params)
     stays = all(unit.param_slab.pinned for unit in units)
     if func == _SET_DATA or (func in _NEEDS_MEMORY and not stays):

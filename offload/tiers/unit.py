@@ -14,6 +14,7 @@ from offload.tiers.grad_handle import GradHandle, GradState
 from offload.tiers.slab import Slab
 from offload.tiers.spent_grad import SpentGrad
 from offload.tiers.state_layout import QUANT_BLOCK
+from offload.tiers.uncompiled import uncompiled_later
 
 if TYPE_CHECKING:
     from offload import _native
@@ -29,6 +30,7 @@ class SpilledParameter(torch.nn.Parameter):
     """
 
     @classmethod
+    @uncompiled_later
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run `func` with the spilled parameters among its arguments brought to memory."""
         from offload.tiers.touch import touch

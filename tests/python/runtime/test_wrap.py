@@ -57,6 +57,23 @@ def test_unwrap_gives_back_ordinary_tensors_and_gradients(tmp_path: Path) -> Non
     copy.deepcopy(model)
 
 
+def test_tied_weights_are_one_tensor_in_a_state_dict(tmp_path: Path) -> None:
+    def make() -> nn.Module:
+        return t.UsesOthersWeight(layers=6, width=512, tied=True)
+
+    model = t.wrapped(make, tmp_path, t.least_budget(make))
+    assert type(model.embed.weight) is SpilledParameter
+    first = model.state_dict()
+    assert first["head.weight"].data_ptr() == first["embed.weight"].data_ptr()
+    with torch.no_grad():
+        model.embed.weight.add_(1)
+    second = model.state_dict()
+    assert second["head.weight"].data_ptr() == second["embed.weight"].data_ptr()
+    assert torch.equal(second["head.weight"], first["head.weight"] + 1)
+    assert torch.equal(model.head.state_dict()["weight"], second["head.weight"])
+    assert_equal(model.state_dict(), second)
+
+
 def test_a_model_can_be_wrapped_again_after_unwrap(tmp_path: Path) -> None:
     model = offload.unwrap(t.wrapped(t.Stack, tmp_path, BUDGET))
     before = values(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -65,6 +66,33 @@ class Checkpointed(Stack):
 
 
 class CheckpointedReentrant(Checkpointed):
+    reentrant = True
+
+
+class CheckpointedInside(Stack):
+    """The blocks checkpoint their own forward: the recomputation does not pass their hooks."""
+
+    reentrant = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        for block in self.blocks:
+            block.forward = functools.partial(self.checkpointed, block)
+            block.norm.requires_grad_(False)
+            block.out.weight.requires_grad_(False)
+
+    def checkpointed(self, block: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = checkpoint(self.recomputed, block, x, use_reentrant=self.reentrant)
+        return y
+
+    def recomputed(self, block: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        upper, lower = block.mix.weight.chunk(2)  # views of a parameter
+        mixed = torch.cat([x @ upper.t(), x @ lower.t()], -1) + block.mix.bias
+        y: torch.Tensor = x + block.out(nn.functional.gelu(mixed))
+        return y
+
+
+class CheckpointedInsideReentrant(CheckpointedInside):
     reentrant = True
 
 
