@@ -294,3 +294,14 @@ def test_rmsprop_refuses_what_could_give_a_negative_variance(state_format: Any) 
     saved = f.make("RMSprop", params[:1], centered=True).state_dict()
     with pytest.raises(UnsupportedError, match=why):
         optimizer.load_state_dict(saved)
+
+
+@pytest.mark.parametrize("place", ["memory", "disk", "wrapped"])
+def test_a_master_that_no_update_reached_is_the_parameter(place: str, tmp_path: Path) -> None:
+    model, where = placed(place, tmp_path, torch.bfloat16)
+    expected = f.values(model)
+    optimizer = f.make("AdamW", model.parameters(), **where)
+    f.set_gradients(0, model, missing=False)
+    optimizer._begin(optimizer._collect())  # type: ignore[attr-defined]
+    for number, state in optimizer.state_dict()["state"].items():
+        assert f.same_bits(state["master"], expected[number].float()), number
