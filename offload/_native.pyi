@@ -181,6 +181,64 @@ class AtenRounding:
     def sqrt(self) -> SqrtRule: ...
 
 @final
+class NormOrder:
+    """How ATen sums up norms in this process."""
+
+    def __init__(
+        self,
+        lanes: int,
+        *,
+        fuse_lanes: bool,
+        rest_group: int,
+        fuse_rest: bool,
+        fuse_columns: bool,
+    ) -> None:
+        """See csrc/optim/norm_order.h; `lanes` is 4, 8 or 16."""
+
+    @property
+    def lanes(self) -> int: ...
+    @property
+    def fuse_lanes(self) -> bool: ...
+    @property
+    def rest_group(self) -> int: ...
+    @property
+    def fuse_rest(self) -> bool: ...
+    @property
+    def fuse_columns(self) -> bool: ...
+
+@final
+class AdafactorStep:
+    """One step of Adafactor on one parameter, pass by pass; see csrc/optim/adafactor.h.
+
+    The caller keeps the memory at the addresses; `mean`, of a matrix, has one fp32 element per
+    matrix of the batch and is 0 otherwise.
+    """
+
+    def __init__(
+        self,
+        format: UpdateFormat,
+        batch: int,
+        rows: int,
+        cols: int,
+        *,
+        param: int,
+        narrow: int,
+        grad: int,
+        factors: Sequence[float],
+        row_var: int,
+        col_var: int,
+        variance: int,
+        order: NormOrder,
+        fma: bool,
+        threads: int,
+        isa: str,
+    ) -> None: ...
+    def param_norm(self) -> float: ...
+    def take_statistics(self, weight: float) -> None: ...
+    def update_norm(self, mean: int, floor: float) -> float: ...
+    def apply(self, mean: int, floor: float, decay: float, step: float) -> None: ...
+
+@final
 class UpdateHyper:
     """Hyperparameters of one step of an update rule; `step` counts from 1.
 

@@ -10,4 +10,5 @@ PYBIND11_MODULE(_native, module) {
   offload::bind::bind_optim(module);
   offload::bind::bind_store(module);
   offload::bind::bind_update(module);
+  offload::bind::bind_adafactor(module);
 }

@@ -10,8 +10,8 @@
 
 #include "bind/bindings.h"
 #include "bind/errors.h"
+#include "bind/isa.h"
 #include "optim/aten_rounding.h"
-#include "optim/isa.h"
 #include "optim/update_rule.h"
 
 namespace py = pybind11;
@@ -27,15 +27,6 @@ SqrtRule sqrt_rule(const std::string& name) {
     if (name == sqrt_rule_name(rule)) return rule;
   }
   raise(Status::error(Code::kInvalid, "there is no square root rule '" + name + "'"));
-}
-
-constexpr Isa kIsas[] = {Isa::kScalar, Isa::kAvx2, Isa::kAvx512, Isa::kNeon};
-
-Isa available_isa(const std::string& name) {
-  for (const Isa isa : kIsas) {
-    if (name == isa_name(isa) && isa_available(isa)) return isa;
-  }
-  raise(Status::error(Code::kUnsupported, "no kernels for '" + name + "' on this CPU"));
 }
 
 template <typename T>

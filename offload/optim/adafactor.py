@@ -5,22 +5,27 @@ from __future__ import annotations
 import torch
 
 from offload import _native
-from offload.optim.attached import AttachedUnit, gradient_as_tensor
+from offload.optim.adafactor_step import is_native, take_step
+from offload.optim.attached import AttachedUnit, gradient_and_factors, multiplied
 from offload.optim.base import Group, OffloadOptimizer, Params
 from offload.optim.one_parameter import ClassStep
+from offload.optim.param_state import MemoryState
 from offload.optim.update import Update
 from offload.policy import Policy
-from offload.tiers.state_layout import MASTER, StateArray
+from offload.tiers.state_layout import MASTER
 from offload.tiers.unit import OffloadedParam
 
 
 class Adafactor(OffloadOptimizer):
     """Drop-in ``torch.optim.Adafactor`` for wrapped and for plain models on the CPU.
 
-    A step depends on rows, columns and norms of a whole parameter, so there is no native rule: it
-    is torch's own, on one parameter after the other, with the unit of a wrapped model in memory for
-    it. Its statistics are small and stay in ordinary memory, outside of any budget; the fp32 copy
-    of a 16-bit parameter, on which torch's step runs, lives where other optimizers' states do.
+    A step depends on rows, columns and norms of a whole parameter, so it is not taken in the
+    background: it is done when ``step()`` returns, with the unit of a wrapped model in memory for
+    it. The native passes make no tensor of the parameter's size and give torch's bits. Parameters
+    or gradients that are not contiguous are summed up in another order: for these it is torch's own
+    step, temporaries included. The statistics are small and stay in ordinary memory, outside of any
+    budget; the fp32 copy of a 16-bit parameter, on which the step runs, lives where other
+    optimizers' states do.
 
     Args:
         params: as for any ``torch.optim.Optimizer``.
@@ -74,12 +79,10 @@ class Adafactor(OffloadOptimizer):
         raise NotImplementedError
 
     def _run(self, updates: list[Update], at_once: bool) -> None:
-        step = ClassStep(torch.optim.Adafactor, self)
         with AttachedUnit() as attached:
             for update in self._in_order(updates):
                 attached.use(update.kept.owner)
-                with gradient_as_tensor(update.kept.param, update.kept.owner):
-                    self._take(update, step)
+                self._take(update)
 
     def _in_order(self, updates: list[Update]) -> list[Update]:
         """Plain parameters, then unit by unit, each when no update of it is in flight."""
@@ -96,26 +99,35 @@ class Adafactor(OffloadOptimizer):
                 order += [owners[param] for param in unit.params if param in owners]
         return order
 
-    def _take(self, update: Update, step: ClassStep) -> None:
+    def _take(self, update: Update) -> None:
         kept, param = update.kept, update.kept.param
+        master = update.layout.master
+        in_place = isinstance(kept, MemoryState)
+        stepped = param.detach()
+        if master is not None:
+            stepped = kept.tensor(master) if in_place else kept.shaped(kept.read(master))
+        with gradient_and_factors(param, kept.owner) as (grad, factors):
+            if is_native(param, grad) and stepped.is_contiguous():
+                narrow = None if master is None else param
+                group, state = self.param_groups[update.group], self.state[param]
+                take_step(group, state, stepped, grad, factors, narrow, update.layout.format)
+            else:
+                self._take_torch_step(update, stepped, multiplied(grad, factors))
+        if master is not None and not in_place:
+            kept.begin(master, kept.flat(stepped))
+        torch.autograd.graph.increment_version(param)
+
+    def _take_torch_step(self, update: Update, stepped: torch.Tensor, grad: torch.Tensor) -> None:
+        """Take torch's own step on `stepped`, the parameter or its master."""
+        param = update.kept.param
         group = {**self.param_groups[update.group], "foreach": False}
         group.pop("param_names", None)
         state = {k: v for k, v in self.state.get(param, {}).items() if k != MASTER}
-        master = update.layout.master
-        if master is None:
-            stepped = param
-        else:
-            stepped = kept.shaped(kept.read(master))
-            if param.grad is not None:
-                stepped.grad = param.grad.float()
+        stepped.grad = grad.to(stepped.dtype)
+        step = ClassStep(torch.optim.Adafactor, self)
         one = step.on({**group, "params": [stepped]}, 0, state or None)
         one.run()
         self.state[param].update(one.state)
-        if master is not None:
-            self._publish(update, master, stepped)
-        torch.autograd.graph.increment_version(param)
-
-    def _publish(self, update: Update, master: StateArray, stepped: torch.Tensor) -> None:
-        kept = update.kept
-        kept.begin(master, kept.flat(stepped.detach()))
-        kept.param.copy_(stepped)
+        stepped.grad = None
+        if stepped.dtype is not param.dtype:
+            param.copy_(stepped)

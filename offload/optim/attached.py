@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 
+from offload.errors import OffloadError
 from offload.tiers.grad_handle import GradHandle
 from offload.tiers.unit import OffloadedParam, Unit
 
@@ -73,6 +74,43 @@ def gradient_as_tensor(param: torch.Tensor, owner: OffloadedParam | None) -> Ite
     finally:
         if slab is not None:
             slab.locks -= 1
+
+
+@contextmanager
+def gradient_and_factors(
+    param: torch.Tensor, owner: OffloadedParam | None
+) -> Iterator[tuple[torch.Tensor, list[float]]]:
+    """Give the gradient as an ordinary tensor, and factors still to be multiplied onto it in order.
+
+    The tensor is not to be changed, nor used after the block: it may be the gradient slab's memory.
+    """
+    handle = param.grad
+    if handle is None:
+        raise OffloadError("there is no gradient (internal error)")
+    if owner is None or not isinstance(handle, GradHandle):
+        yield handle, []
+        return
+    state, slab = handle._state, owner.unit.grad_slab
+    if state.zero:
+        yield state.materialize(), []
+        return
+    if slab is not None:
+        slab.locks += 1
+    try:
+        yield owner.context.read_grad(owner), state.factor_values()
+    finally:
+        if slab is not None:
+            slab.locks -= 1
+
+
+def multiplied(grad: torch.Tensor, factors: Sequence[float]) -> torch.Tensor:
+    """Return `grad` multiplied by each of `factors`: itself, or a copy where there are any."""
+    if not factors:
+        return grad
+    grad = grad.clone()
+    for factor in factors:
+        grad.mul_(factor)
+    return grad
 
 
 def _keep_changes(handle: GradHandle, real: torch.Tensor, is_copy: bool) -> None:

@@ -50,7 +50,7 @@ def begin_state(
     earlier = {} if isinstance(kept, MemoryState) else state.get(kept.param, {})
     master = layout.master
     if master is not None and not kept.has(master) and not _adopt(kept, master, earlier):
-        kept.begin(master, kept.values().float())
+        kept.begin_master(master)
     for k, array in enumerate(layout.states):
         if kept.has(array):
             continue

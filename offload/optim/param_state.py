@@ -16,7 +16,7 @@ import torch
 from offload import _native
 from offload.tiers.context import RuntimeContext
 from offload.tiers.state_home import StateHome, page_bytes
-from offload.tiers.state_layout import StateArray, StateLayout
+from offload.tiers.state_layout import MASTER, StateArray, StateLayout
 from offload.tiers.state_slabs import StateSlabs, Tenant
 from offload.tiers.unit import OffloadedParam
 
@@ -74,6 +74,10 @@ class ParamState(ABC):
     @abstractmethod
     def begin(self, array: StateArray, values: torch.Tensor | None) -> None:
         """Have `array` hold `values`, flat; None: zero."""
+
+    def begin_master(self, array: StateArray) -> None:
+        """Have `array`, the fp32 copy of a 16-bit parameter, hold the parameter."""
+        self.begin(array, self.values())  # copying them widens them
 
     @abstractmethod
     def read(self, array: StateArray) -> torch.Tensor:
@@ -202,8 +206,8 @@ class MemoryState(ParamState):
         return tensor
 
     def values(self) -> torch.Tensor:
-        """Return a copy."""
-        return self.flat(self.param.detach())
+        """Return an alias where the elements lie side by side, else a copy."""
+        return self.flat(self.param.detach()) if self.owner else _elements(self)
 
     def stride(self) -> tuple[int, ...]:
         """Return those of a dense tensor like the parameter."""
@@ -235,14 +239,21 @@ class SlabState(ParamState):
         with self.run.home.lock:
             self.run.begin(self.tenant, array, values)
 
+    def begin_master(self, array: StateArray) -> None:
+        """Fill the slab, or leave it to the first update where it is on disk and was never used."""
+        with self.run.home.lock:
+            self.run.begin_master(self.tenant, array, self.values())
+
     def read(self, array: StateArray) -> torch.Tensor:
         """Return a copy."""
         with self.run.home.lock:
+            if array.name == MASTER and self.run.is_unwritten(array):
+                return self.values().float()
             return self.run.read(self.tenant, array)
 
     def values(self) -> torch.Tensor:
-        """Return a copy."""
-        return self.flat(self.param.detach())
+        """Return an alias where the elements lie side by side, else a copy."""
+        return _elements(self)
 
     def stride(self) -> tuple[int, ...]:
         """Return those of a dense tensor like the parameter."""
@@ -294,6 +305,13 @@ class UnitState(ParamState):
         with self._settled() as tenant:
             self.run.begin(tenant, array, values)
 
+    def begin_master(self, array: StateArray) -> None:
+        """Fill the parameter's part of the slab while the parameter is in memory."""
+        owner = self.owner
+        with self._settled() as tenant, self.context.held(owner.unit):
+            view = owner.view(owner.unit.param_slab)
+            self.run.begin(tenant, array, view.as_strided((view.numel(),), (1,)))
+
     def read(self, array: StateArray) -> torch.Tensor:
         """Return a copy."""
         with self._settled() as tenant:
@@ -308,6 +326,14 @@ class UnitState(ParamState):
     def stride(self) -> tuple[int, ...]:
         """Return the parameter's, which are dense in a unit."""
         return self.owner.stride
+
+
+def _elements(kept: MemoryState | SlabState) -> torch.Tensor:
+    """Return the elements of a parameter in ordinary memory, flat: an alias if that is possible."""
+    value = kept.param.detach()
+    if value.stride() == kept.stride():
+        return value.as_strided((value.numel(),), (1,))
+    return kept.flat(value)
 
 
 def _dense_stride(param: torch.Tensor) -> tuple[int, ...]:

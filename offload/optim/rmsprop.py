@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from offload import _native
+from offload.errors import UnsupportedError
 from offload.optim.aten_rounding import aten_rounding
 from offload.optim.base import Group, OffloadOptimizer, Params
 from offload.policy import Policy
@@ -19,8 +20,9 @@ class RMSprop(OffloadOptimizer):
 
     Args:
         params: as for any ``torch.optim.Optimizer``.
-        lr, alpha, eps, weight_decay, momentum, centered, maximize: as in torch.
+        lr, alpha, eps, weight_decay, momentum, maximize: as in torch.
         foreach: accepted; there is one implementation.
+        centered: as in torch; refused with a narrow state_format.
         capturable, differentiable: refused when true.
         state_format, seed, policy, step_in_backward: see OffloadOptimizer.
 
@@ -72,6 +74,20 @@ class RMSprop(OffloadOptimizer):
             policy=policy,
             step_in_backward=step_in_backward,
         )
+
+    def refuse_options(self, group: Group) -> None:
+        """Raise UnsupportedError also where the variance could become negative, and its root NaN.
+
+        Centering subtracts the square of one average from another, which exceeds it by little where
+        gradients hardly change: less than a narrow format rounds either by.
+        """
+        super().refuse_options(group)
+        if group.get("centered") and self.state_format != "float32":
+            raise UnsupportedError(
+                f"{self._name} does not support centered=True with "
+                f"state_format={self.state_format!r}: rounded averages can give a negative "
+                "variance; use state_format='float32', or centered=False"
+            )
 
     def names(self, group: Group) -> tuple[str, ...]:
         """Return the average of squares, and what momentum and centering need."""

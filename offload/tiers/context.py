@@ -13,6 +13,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 
 import torch
 
@@ -369,11 +370,12 @@ class RuntimeContext:
         state, grads = self.state_of(unit).of(layout, whole=whole), self._gradients(unit)
         self.detach(unit)
 
-        def submit(params: _native.UpdateOperand) -> _native.Transfer:
+        def prepare(params: _native.UpdateOperand) -> partial[_native.Transfer]:
             rest = [operand(slab) for slab in state]
             scales, rest = rest[: len(layout.scales)], rest[len(layout.scales) :]
             master, states = (rest[0], rest[1:]) if layout.master is not None else (None, rest)
-            return self.pipeline.submit(
+            return partial(
+                self.pipeline.submit,
                 unit.grad_bytes // unit.params[0].dtype.itemsize,
                 layout.format,
                 seed,
@@ -385,7 +387,7 @@ class RuntimeContext:
                 segments,
             )
 
-        self.updates.put_off(unit, [unit.param_slab, grads, *state], submit)
+        self.updates.put_off(unit, [unit.param_slab, grads, *state], prepare)
         unit.version += 1
 
     def end_step(self) -> None:

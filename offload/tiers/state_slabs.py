@@ -84,6 +84,22 @@ class StateSlabs:
         self._used.add(part)
         tenant.begun.add(array)
 
+    def begin_master(self, tenant: Tenant, array: StateArray, values: torch.Tensor) -> None:
+        """Let `tenant` use `array`, a master copy of `values`, flat; see is_unwritten()."""
+        if self.is_unwritten(array):
+            self._used.add((tenant.first, array))
+            tenant.begun.add(array)
+        else:
+            self.begin(tenant, array, values)
+
+    def is_unwritten(self, array: StateArray) -> bool:
+        """Whether `array` is on disk, out of reach of this process's memory, and holds nothing.
+
+        The first update takes the parameters, widened, for a master copy that is.
+        """
+        slab = self._slabs[array]
+        return not self._can_hold(slab) and slab.residency is Residency.ABSENT
+
     # -- bytes ----------------------------------------------------------------------------------
 
     def read(self, tenant: Tenant, array: StateArray) -> torch.Tensor:

@@ -16,6 +16,7 @@ the update ran. flush() starts all that is left without memory for parameters, a
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import starmap
 
 from offload import _native
 from offload.errors import OffloadError
@@ -24,8 +25,9 @@ from offload.tiers.slab import Residency, Slab
 from offload.tiers.state_slabs import operand
 from offload.tiers.unit import Unit
 
-Submit = Callable[[_native.UpdateOperand], _native.Transfer]
-"""Hands a unit's job to the pipeline, given the operand of its parameters."""
+Prepare = Callable[[_native.UpdateOperand], Callable[[], _native.Transfer]]
+"""Returns what hands a unit's job to the pipeline, given the operand of its parameters. What it
+returns is to be a C function with its arguments: see Updates._submit."""
 
 
 class Updates:
@@ -34,7 +36,8 @@ class Updates:
     def __init__(self, mover: Mover) -> None:
         """No update is pending yet."""
         self._mover = mover
-        self._waiting: dict[Unit, Submit] = {}
+        self._waiting: dict[Unit, Prepare] = {}
+        self._submitted: dict[Unit, list[_native.Transfer]] = {}  # those that still wait too
         self.running: dict[Unit, None] = {}
 
     def __len__(self) -> int:
@@ -45,14 +48,15 @@ class Updates:
         """Units whose update was put off and has not started."""
         return list(self._waiting)
 
-    def put_off(self, unit: Unit, slabs: list[Slab], submit: Submit) -> None:
+    def put_off(self, unit: Unit, slabs: list[Slab], prepare: Prepare) -> None:
         """Note an update. `slabs`: all that the job uses, the parameters' first.
 
-        `submit` makes the operands of the others as they are when the job starts.
+        `prepare` makes the operands of the others as they are when the job starts.
         """
+        self._submitted.pop(unit, None)  # that of an earlier update, which is done
         unit.update_slabs = slabs
         unit.update_waits = True
-        self._waiting[unit] = submit
+        self._waiting[unit] = prepare
 
     def start_ahead(self, unit: Unit, use: int) -> bool:
         """Start the update of `unit`, needed at use number `use` from now, if that does no harm.
@@ -60,7 +64,8 @@ class Updates:
         Returns False when there is no room for its parameters that may be taken.
         """
         slab = unit.param_slab
-        if slab.residency is not Residency.HOST and not self._mover.take_ahead(slab, use):
+        fixed = slab.residency is Residency.HOST or self._submitted.get(unit)
+        if not fixed and not self._mover.take_ahead(slab, use):
             return False
         self._start(unit)
         return True
@@ -77,7 +82,8 @@ class Updates:
             OffloadError: the update failed.
         """
         if unit.update_waits:
-            if load and unit.param_slab.residency is not Residency.HOST:
+            fixed = unit.param_slab.residency is Residency.HOST or self._submitted.get(unit)
+            if load and not fixed:
                 self._mover.take(unit.param_slab)
             self._start(unit)
         if unit.update is None:
@@ -113,14 +119,31 @@ class Updates:
             self.finish(unit)
 
     def _start(self, unit: Unit) -> None:
+        """Submit the job of `unit` and note it; where Ctrl-C came in between, do what is left."""
+        if not self._submitted.get(unit):
+            self._submit(unit)
+        unit.update = self._submitted[unit][0]
+        self.running[unit] = None
+        self._waiting.pop(unit, None)
+        unit.update_waits = False
+        del self._submitted[unit]
+
+    def _submit(self, unit: Unit) -> None:
         for slab in unit.update_slabs:
             self._mover.settle(slab)
-        unit.update = self._waiting[unit](self._params(unit.param_slab))
-        del self._waiting[unit]
-        unit.update_waits = False
-        for slab in unit.update_slabs:
-            slab.locks += 1
-        self.running[unit] = None
+        job = self._waiting[unit](self._params(unit.param_slab))
+        submitted = self._submitted.setdefault(unit, [])
+        before = [slab.locks for slab in unit.update_slabs]
+        try:
+            for slab in unit.update_slabs:
+                slab.locks += 1
+            # Signal handlers run between C functions: Ctrl-C comes before the job is submitted or
+            # after it was noted, and it is never submitted twice.
+            submitted.extend(starmap(job, ((),)))
+        finally:
+            if not submitted:
+                for slab, locks in zip(unit.update_slabs, before, strict=True):
+                    slab.locks = locks
 
     def _params(self, slab: Slab) -> _native.UpdateOperand:
         if slab.residency is Residency.HOST or slab.lease is None:

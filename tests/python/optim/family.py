@@ -27,6 +27,11 @@ RULES: list[tuple[str, dict[str, Any]]] = [
 ]
 """One of each, with as many states as it can have."""
 RULE_IDS = [name for name, _ in RULES]
+NARROW_RULES = [
+    (name, {key: value for key, value in kwargs.items() if key != "centered"})
+    for name, kwargs in RULES
+]
+"""Of those, what may have narrow states."""
 
 
 class ReferenceLion(Optimizer):

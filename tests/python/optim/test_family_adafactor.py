@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -132,3 +134,120 @@ def test_same_errors_as_torch(sample: Any) -> None:
     params = given.params if given.params is not None else [nn.Parameter(torch.randn(1))]
     with pytest.raises(sample.error_type, match=sample.error_regex):
         optim.Adafactor(params, **given.kwargs)
+
+
+SHAPES = [
+    (),
+    (1,),
+    (3,),
+    (5000,),
+    (1, 1),
+    (1, 77),
+    (300, 1),
+    (2, 3),
+    (64, 5, 3, 3),
+    (4, 1, 19),
+    (4, 19, 1),
+    (3, 40000),
+    (40000, 9),
+    (700, 801),
+]
+"""Where ATen goes different ways, and of more than one chunk."""
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"lr": torch.tensor(0.3), "weight_decay": 0.1},
+    {"lr": torch.tensor([0.05], dtype=torch.float64), "maximize": True, "eps": (1e-4, 0.5)},
+    {"beta2_decay": -0.01, "d": 2.5, "weight_decay": 0.01, "eps": (0.0, 1e-3)},
+]
+
+
+def compare(grads: list[list[torch.Tensor]], kwargs: dict[str, Any]) -> None:
+    """Step twins on the same gradients."""
+    generator = torch.Generator().manual_seed(5)
+    start = [torch.randn(grad.shape, generator=generator) for grad in grads[0]]
+    ours, theirs = ([nn.Parameter(value.clone()) for value in start] for _ in range(2))
+    optimizer = optim.Adafactor(ours, **kwargs)
+    real = torch.optim.Adafactor(theirs, foreach=False, **kwargs)
+    for step in grads:
+        for grad, a, b in zip(step, ours, theirs, strict=True):
+            a.grad, b.grad = grad.clone(), grad.clone()
+        optimizer.step()
+        real.step()
+        for a, b in zip(ours, theirs, strict=True):
+            assert same_but_nan(a, b), tuple(a.shape)
+            for name, value in real.state[b].items():
+                assert same_but_nan(optimizer.state[a][name], value), (tuple(a.shape), name)
+
+
+def same_but_nan(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equal bits; NaNs have no payload here."""
+    a, b = (torch.where(t.isnan(), torch.nan, t.detach()) for t in (a, b))
+    return f.same_bits(a, b)
+
+
+@pytest.mark.parametrize("kwargs", OPTIONS, ids=str)
+def test_shapes(kwargs: dict[str, Any]) -> None:
+    generator = torch.Generator().manual_seed(1)
+    grads = [
+        [torch.randn(shape, generator=generator) * 10.0 ** (step - 1) for shape in SHAPES]
+        for step in range(4)
+    ]
+    compare(grads, kwargs)
+
+
+def test_extreme_gradients() -> None:
+    values = [0.0, -0.0, 1e-45, 1e-38, 1e-20, 3e19, 3e38]
+    generator = torch.Generator().manual_seed(2)
+    grads = []
+    for special in (*values, torch.inf, torch.nan):
+        step = [torch.full((5, 7), special), torch.full((9,), special)]
+        step += [torch.randn(40, 50, generator=generator), torch.randn(60, generator=generator)]
+        step[2][3, 4] = step[3][17] = special
+        grads.append(step)
+    for step in grads:  # each from the beginning: what follows a NaN is NaN
+        compare([step, grads[0]], {})
+
+
+def test_adopts_statistics_of_another_layout() -> None:
+    ours, theirs = nn.Parameter(torch.ones(6, 8, 4)), nn.Parameter(torch.ones(6, 8, 4))
+    optimizer, real = optim.Adafactor([ours]), torch.optim.Adafactor([theirs], foreach=False)
+    for step in range(3):
+        ours.grad = torch.randn(6, 8, 4, generator=torch.Generator().manual_seed(step))
+        theirs.grad = ours.grad.clone()
+        if step == 1:
+            col_var = optimizer.state[ours]["col_var"]
+            optimizer.state[ours]["col_var"] = (
+                col_var.double().permute(2, 1, 0).clone().permute(2, 1, 0)
+            )
+        optimizer.step()
+        real.step()
+    assert f.same_bits(ours, theirs)
+    optimizer.state[ours]["row_var"] = torch.zeros(8, 1)
+    with pytest.raises(ValueError, match="row_var has the shape"):
+        optimizer.step()
+
+
+MEMORY = """
+import resource, torch
+from offload import optim
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+
+param = torch.nn.Parameter(torch.ones(4096, 8192))
+param.grad = torch.full_like(param, 0.5)
+small = torch.nn.Parameter(torch.ones(32, 32))
+small.grad = torch.ones(32, 32)
+optim.Adafactor([small]).step()
+before = peak()
+optim.Adafactor([param]).step()
+print(peak() - before)
+"""
+
+
+def test_makes_nothing_of_the_parameters_size() -> None:
+    """Of 128 MiB; torch's step has two temporaries of that size."""
+    output = subprocess.run(
+        [sys.executable, "-c", MEMORY], check=True, capture_output=True, text=True
+    ).stdout
+    assert int(output) < 8 << 20

@@ -208,7 +208,7 @@ def test_resumed_from_a_file(name: str, kwargs: dict[str, Any], place: str, tmp_
 
 @pytest.mark.parametrize("copier", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
 @pytest.mark.parametrize("state_format", ["float32", "bfloat16", "int8"])
-@EACH_RULE
+@pytest.mark.parametrize(("name", "kwargs"), f.NARROW_RULES, ids=f.RULE_IDS)
 def test_copies_of_a_plain_model_go_on_alike(
     name: str, kwargs: dict[str, Any], state_format: str, copier: Callable[[Any], Any]
 ) -> None:

@@ -11,10 +11,12 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from offload import UnsupportedError
 from offload.optim import memory_update
 
 EACH_RULE = pytest.mark.parametrize(("name", "kwargs"), f.RULES, ids=f.RULE_IDS)
 HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+EACH_NARROW_RULE = pytest.mark.parametrize(("name", "kwargs"), f.NARROW_RULES, ids=f.RULE_IDS)
 NARROW = pytest.mark.parametrize("state_format", ["bfloat16", "int8"])
 STEPS = 4
 
@@ -119,7 +121,7 @@ def test_a_torch_state_of_16_bit_parameters_can_be_loaded() -> None:
 
 @NARROW
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@EACH_RULE
+@EACH_NARROW_RULE
 def test_the_same_bits_wherever_the_state_lives(
     name: str, kwargs: dict[str, Any], dtype: torch.dtype, state_format: Any, tmp_path: Path
 ) -> None:
@@ -168,7 +170,7 @@ def test_seeds_are_reproducible_and_matter() -> None:
 
 @NARROW
 @pytest.mark.parametrize("place", ["memory", "disk", "wrapped"])
-@EACH_RULE
+@EACH_NARROW_RULE
 def test_resuming_is_exact(
     name: str, kwargs: dict[str, Any], place: str, state_format: Any, tmp_path: Path
 ) -> None:
@@ -208,7 +210,7 @@ def test_a_changed_state_is_what_is_loaded(state_format: Any) -> None:
 
 
 @NARROW
-@EACH_RULE
+@EACH_NARROW_RULE
 def test_torch_can_go_on_from_a_narrow_state(
     name: str, kwargs: dict[str, Any], state_format: Any
 ) -> None:
@@ -277,3 +279,29 @@ def _run_norms_in_fp32(model: f.Net, dtype: torch.dtype) -> None:
     for block in model.blocks:
         block.norm.register_forward_pre_hook(lambda m, args: args[0].float())
         block.norm.register_forward_hook(lambda m, args, out: out.to(dtype))
+
+
+@NARROW
+def test_rmsprop_refuses_what_could_give_a_negative_variance(state_format: Any) -> None:
+    params = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))]
+    why = f"centered=True with state_format='{state_format}'.*use state_format='float32'"
+    with pytest.raises(UnsupportedError, match=why):
+        f.make("RMSprop", params, centered=True, state_format=state_format)
+    optimizer = f.make("RMSprop", params[:1], state_format=state_format)
+    with pytest.raises(UnsupportedError, match=why):
+        optimizer.add_param_group({"params": params[1:], "centered": True})
+    assert len(optimizer.param_groups) == 1
+    saved = f.make("RMSprop", params[:1], centered=True).state_dict()
+    with pytest.raises(UnsupportedError, match=why):
+        optimizer.load_state_dict(saved)
+
+
+@pytest.mark.parametrize("place", ["memory", "disk", "wrapped"])
+def test_a_master_that_no_update_reached_is_the_parameter(place: str, tmp_path: Path) -> None:
+    model, where = placed(place, tmp_path, torch.bfloat16)
+    expected = f.values(model)
+    optimizer = f.make("AdamW", model.parameters(), **where)
+    f.set_gradients(0, model, missing=False)
+    optimizer._begin(optimizer._collect())  # type: ignore[attr-defined]
+    for number, state in optimizer.state_dict()["state"].items():
+        assert f.same_bits(state["master"], expected[number].float()), number

@@ -1,0 +1,72 @@
+"""Ctrl-C on any line between the beginning of an update and its being noted: it is done once."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import family as f
+import pytest
+
+from offload import optim
+from offload.tiers.context import RuntimeContext
+from offload.tiers.updates import Updates
+
+TRACED = {Updates._start.__code__, Updates._submit.__code__}
+LINES = 90
+"""More than a step executes of them: from some number on nothing is interrupted."""
+
+
+class Interrupter:
+    """Raises KeyboardInterrupt before one line of the traced functions, counted over all units."""
+
+    def __init__(self, line: int) -> None:
+        self.left = line
+
+    def __call__(self, frame: FrameType, event: str, argument: Any) -> Any:
+        if frame.f_code not in TRACED:
+            return None
+        if event == "line" and self.left >= 0:
+            self.left -= 1
+            if self.left < 0:
+                raise KeyboardInterrupt
+        return self
+
+
+def step_interrupted(optimizer: Any, context: RuntimeContext, line: int) -> bool:
+    """Take a step and finish it, interrupted at `line` once; return whether it was."""
+    optimizer.step()
+    interrupter = Interrupter(line)
+    sys.settrace(interrupter)
+    try:
+        with context.lock:
+            context.updates.flush()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        sys.settrace(None)
+    with context.lock:
+        context.updates.flush()
+    return interrupter.left < 0
+
+
+@pytest.mark.parametrize("name", ["AdamW", "SGD"])
+def test_an_update_is_done_once(name: str, tmp_path: Path) -> None:
+    ours, theirs = f.Model(), f.Model()
+    context = f.wrapped(ours, tmp_path)._offload_wrapped.context  # type: ignore[union-attr]
+    optimizer = getattr(optim, name)(ours.parameters(), lr=0.1)
+    real = f.reference(name, theirs.parameters(), lr=0.1)
+    interrupted = []
+    for line in range(LINES):
+        f.set_gradients(line, ours, theirs, missing=False)
+        real.step()
+        interrupted.append(step_interrupted(optimizer, context, line))
+        f.assert_same(ours, theirs)
+        assert len(context.updates) == 0
+        with context.lock:
+            slabs = [s for u in context.units for s in (u.param_slab, u.grad_slab) if s is not None]
+            assert not any(slab.locks for slab in slabs), line
+    assert interrupted[0]
+    assert not interrupted[-1]
