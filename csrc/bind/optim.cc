@@ -104,7 +104,8 @@ void update_in_place(const RuleHyper& hyper, const UpdateFormat& format,
                      const std::vector<std::uintptr_t>& scales, std::size_t n,
                      const std::string& isa) {
   const Isa chosen = available_isa(isa);
-  if (!sqrt_rule_available(chosen, hyper.rounding.sqrt)) {
+  const bool narrow = format.state != StateFormat::kFloat32;
+  if (!narrow && !sqrt_rule_available(chosen, hyper.rounding.sqrt)) {
     raise(Status::error(Code::kUnsupported, "the kernels for '" + isa +
                                                 "' cannot take square roots by rule '" +
                                                 sqrt_rule_name(hyper.rounding.sqrt) + "'"));

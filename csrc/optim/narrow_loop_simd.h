@@ -4,12 +4,17 @@
 //
 // Beside what rules_simd.h asks of `V`, for arrays of any alignment:
 //   load_bfloat16(from)                          kLanes elements, widened
-//   store_bfloat16_random(to, v, random)         + the low 16 bits of each lane of `random`
+//   store_bfloat16_random<k>(to, v, random)      2 * kLanes elements: v[0..1] + 16 bits of each
+//                                                lane of random[0..1], the low ones or, where k is
+//                                                odd, the high ones
 //   Int: lanes of 32 bits with iota(), broadcast(u), + * (modulo 2^32), xor_shifted<k>(a)
-//        (a ^ a >> k) and shifted<k>(a)
-//   dequantize<is_signed>(codes, scale, to)      4 * kLanes elements, see block_quant.h
+//        (a ^ a >> k)
+//   larger_magnitude<is_signed>(largest, v)      of each lane as bits, in an Int; unsigned v have
+//                                                no sign bit, but NaNs may
+//   largest(a)                                   of an Int's lanes, without their sign bits
+//   Decoder: made by of<is_signed>(scale); decode<is_signed>(codes, to): 4 * kLanes elements, see
+//            block_quant.h
 //   quantize<is_signed>(from, inverse, codes)    likewise
-//   largest_magnitude(from, n)                   as bits; n a multiple of kLanes
 #pragma once
 
 #include <algorithm>
@@ -36,6 +41,9 @@ struct NarrowArrays {
   void* state_out[kMaxStates];
   float* scale_out[kMaxStates];
   std::size_t n;
+  // Where the arrays end, n or more, for reading ahead; of the gradient apart, it may be scratch.
+  std::size_t length;
+  std::size_t grad_length;
   // bfloat16: the position of element 0, whose upper half is the same for all, and the keys of its
   // two pairs of states.
   std::uint32_t position;
@@ -49,7 +57,7 @@ template <std::size_t kCount, typename Body>
   }(std::make_index_sequence<kCount>{});
 }
 
-template <typename V, typename Rule, bool kFma>
+template <typename V, typename Rule>
 struct NarrowLoop {
   static constexpr std::size_t kStates = Rule::kStates;
   static constexpr std::size_t kGroup = 4 * V::kLanes;
@@ -58,104 +66,135 @@ struct NarrowLoop {
 
   explicit NarrowLoop(const RuleScalars& s) : loop(s) {}
 
-  // How far ahead of the loads the inputs are requested, in elements. On a Sapphire Rapids core 256
-  // to 2048, and into the second cache instead of the first, made no difference.
-  static constexpr std::size_t kAhead = 512;
-  static constexpr std::size_t kLineBytes = 64;
-
-  // The lines of elements [i + kAhead, i + kAhead + kGroup).
-  static void prefetch_group(const NarrowArrays& a, std::size_t i, std::size_t state_bytes) {
-    for (std::size_t j = 0; j < kGroup; j += kLineBytes / sizeof(float)) {
-      prefetch(a.param, i + j + kAhead);
-      prefetch(a.grad, i + j + kAhead);
-    }
+  // Before the elements [i, i + kGroup) are used.
+  [[gnu::always_inline]] static void read_group_ahead(const NarrowArrays& a, std::size_t i,
+                                                      std::size_t state_bytes) {
+    const std::size_t at = i * sizeof(float);
+    constexpr std::size_t kStep = kGroup * sizeof(float);
+    read_ahead(a.param, at, kStep, a.length * sizeof(float));
+    read_ahead(a.grad, at, kStep, a.grad_length * sizeof(float));
     for (std::size_t k = 0; k < kStates; ++k) {
-      const auto* bytes = static_cast<const std::uint8_t*>(a.state[k]);
-      for (std::size_t j = 0; j < kGroup * state_bytes; j += kLineBytes) {
-        prefetch(bytes, (i + kAhead) * state_bytes + j);
-      }
+      read_ahead(a.state[k], i * state_bytes, kGroup * state_bytes, a.length * state_bytes);
     }
   }
 
-  static Int random_bits(RoundingKey key, Int position) {
+  [[gnu::always_inline]] static Int random_bits(RoundingKey key, Int position) {
     Int x = Int::template xor_shifted<16>(position) * Int::broadcast(kHashMultiplier1);
     x = Int::template xor_shifted<15>(x) + Int::broadcast(key.mix);
     return Int::template xor_shifted<15>(x * Int::broadcast(kHashMultiplier2));
   }
 
-  void run_bfloat16(const NarrowArrays& a) const {
+  void run_bfloat16(const NarrowArrays& arrays) const {
+    loop.is_plain() ? run_bfloat16<true>(arrays) : run_bfloat16<false>(arrays);
+  }
+  void run_int8(const NarrowArrays& arrays) const {
+    loop.is_plain() ? run_int8<true>(arrays) : run_int8<false>(arrays);
+  }
+
+ private:
+  // The loops use copies of what they are given: a store of bytes might change anything else, which
+  // would be loaded again after each.
+
+  template <bool kPlain>
+  void run_bfloat16(const NarrowArrays& arrays) const {
+    const NarrowArrays a = arrays;
+    const RuleLoop<V, Rule> update = loop;
     const Int iota = Int::iota();
     for (std::size_t i = 0; i < a.n; i += kGroup) {
-      prefetch_group(a, i, sizeof(std::uint16_t));
-#pragma GCC unroll 4  // a tenth of the time in cache
-      for (std::size_t j = i; j < i + kGroup; j += V::kLanes) {
-        V p = V::load(a.param + j);
-        V state[kStates + 1];  // no array of none
-        for (std::size_t k = 0; k < kStates; ++k) {
-          state[k] = V::load_bfloat16(static_cast<const std::uint16_t*>(a.state[k]) + j);
+      read_group_ahead(a, i, sizeof(std::uint16_t));
+#pragma GCC unroll 2
+      for (std::size_t j = i; j < i + kGroup; j += 2 * V::kLanes) {
+        V state[2][kStates + 1];  // no array of none
+        for (std::size_t half = 0; half < 2; ++half) {
+          const std::size_t at = j + half * V::kLanes;
+          V p = V::load(a.param + at);
+          for (std::size_t k = 0; k < kStates; ++k) {
+            state[half][k] = V::load_bfloat16(static_cast<const std::uint16_t*>(a.state[k]) + at);
+          }
+          update.template step<kPlain>(p, V::load(a.grad + at), state[half]);
+          V::store(a.param_out + at, p);
         }
-        loop.step(p, V::load(a.grad + j), state);
-        V::store(a.param_out + j, p);
-        Int bits[kStates + 1];
-        for (std::size_t k = 0; k < kStates; k += 2) {
-          const auto low = static_cast<std::uint32_t>(j) + a.position + a.key[k / 2].add;
-          bits[k] = random_bits(a.key[k / 2], iota + Int::broadcast(low));
-          if (k + 1 < kStates) bits[k + 1] = Int::template shifted<16>(bits[k]);
-        }
-        for (std::size_t k = 0; k < kStates; ++k) {
-          V::store_bfloat16_random(static_cast<std::uint16_t*>(a.state_out[k]) + j, state[k],
-                                   bits[k]);
-        }
+        Int bits[2];
+        for_each_state<kStates>([&](auto k) {
+          if constexpr (k % 2 == 0) {
+            const auto low = static_cast<std::uint32_t>(j) + a.position + a.key[k / 2].add;
+            bits[0] = random_bits(a.key[k / 2], iota + Int::broadcast(low));
+            bits[1] = random_bits(a.key[k / 2], iota + Int::broadcast(low + V::kLanes));
+          }
+          const V both[2] = {state[0][k], state[1][k]};
+          V::template store_bfloat16_random<k>(static_cast<std::uint16_t*>(a.state_out[k]) + j,
+                                               both, bits);
+        });
       }
     }
   }
 
   // The new states of a block and, once it is complete, the inverse of its scale: zero where all
-  // codes are to be zero.
+  // codes are to be zero, and the states are zero then.
   struct Fresh {
     alignas(64) float state[kStates + 1][kQuantBlock];
     float inverse[kStates + 1];
   };
 
-  static void set_scales(const NarrowArrays& a, std::size_t block, Fresh& fresh) {
-    const std::size_t count = std::min(kQuantBlock, a.n - block);
-    for (std::size_t k = 0; k < kStates; ++k) {
-      std::fill(fresh.state[k] + count, fresh.state[k] + kQuantBlock, 0.0f);
-      const float largest = std::bit_cast<float>(V::largest_magnitude(fresh.state[k], kQuantBlock));
-      const bool finite = largest <= aten_rounding_internal::kMaxFinite;  // and not NaN
-      const bool tiny = largest < kSmallestScale;
-      fresh.inverse[k] = tiny || !finite ? 0.0f : 1.0f / largest;
-      a.scale_out[k][block / kQuantBlock] = tiny ? 0.0f : finite ? largest : kQuantNanScale;
+  // Of the last block, which has `count` elements: what lies beyond is no part of it.
+  template <bool kSigned>
+  [[gnu::noinline]] static std::uint32_t largest_of_part(float* state, std::size_t count) {
+    std::fill(state + count, state + kQuantBlock, 0.0f);
+    Int largest = Int::broadcast(0);
+    for (std::size_t i = 0; i < kQuantBlock; i += V::kLanes) {
+      largest = V::template larger_magnitude<kSigned>(largest, V::load(state + i));
     }
+    return V::largest(largest);
   }
 
-  static void encode_group(const NarrowArrays& a, std::size_t block, std::size_t i,
-                           const Fresh& fresh) {
+  // `largest`: of the block's states where it is whole.
+  [[gnu::always_inline]] static void set_scales(const NarrowArrays& a, std::size_t block,
+                                                const Int* largest, Fresh& fresh) {
+    const std::size_t count = std::min(kQuantBlock, a.n - block);
     for_each_state<kStates>([&](auto k) {
-      auto* codes = static_cast<std::uint8_t*>(a.state_out[k]) + block + i;
-      if (fresh.inverse[k] == 0.0f) {
-        std::memset(codes, 0, kGroup);
-      } else {
-        V::template quantize<!Rule::is_unsigned(k)>(fresh.state[k] + i, fresh.inverse[k], codes);
-      }
+      const float scale = block_scale(
+          count == kQuantBlock ? V::largest(largest[k])
+                               : largest_of_part<!Rule::is_unsigned(k)>(fresh.state[k], count));
+      const bool sound = scale > 0.0f;
+      if (!sound) std::fill_n(fresh.state[k], kQuantBlock, 0.0f);
+      fresh.inverse[k] = sound ? 1.0f / scale : 0.0f;
+      a.scale_out[k][block / kQuantBlock] = scale;
+    });
+  }
+
+  [[gnu::always_inline]] static void encode_group(const NarrowArrays& a, std::size_t block,
+                                                  std::size_t i, const Fresh& fresh) {
+    for_each_state<kStates>([&](auto k) {
+      V::template quantize<!Rule::is_unsigned(k)>(
+          fresh.state[k] + i, fresh.inverse[k],
+          static_cast<std::uint8_t*>(a.state_out[k]) + block + i);
     });
   }
 
   // One block is updated while the one before it is encoded: what either waits for, the other fills
   // in, and memory is asked for at an even pace.
-  void run_int8(const NarrowArrays& a) const {
+  template <bool kPlain>
+  void run_int8(const NarrowArrays& arrays) const {
+    const NarrowArrays a = arrays;
+    const RuleLoop<V, Rule> update = loop;
     Fresh fresh[2];
     for (std::size_t block = 0; block < a.n; block += kQuantBlock) {
       const std::size_t parity = block / kQuantBlock % 2;
       Fresh& now = fresh[parity];
       const Fresh& before = fresh[1 - parity];
+      typename V::Decoder decoder[kStates + 1];
+      Int largest[kStates + 1];
+      for_each_state<kStates>([&](auto k) {
+        decoder[k] =
+            V::Decoder::template of<!Rule::is_unsigned(k)>(a.scale[k][block / kQuantBlock]);
+        largest[k] = Int::broadcast(0);
+      });
       for (std::size_t i = 0; i < kQuantBlock; i += kGroup) {
-        prefetch_group(a, block + i, 1);
+        read_group_ahead(a, block + i, 1);
         V group[kStates + 1][4];
         for_each_state<kStates>([&](auto k) {
-          V::template dequantize<!Rule::is_unsigned(k)>(
-              static_cast<const std::uint8_t*>(a.state[k]) + block + i,
-              a.scale[k][block / kQuantBlock], group[k]);
+          decoder[k].template decode<!Rule::is_unsigned(k)>(
+              static_cast<const std::uint8_t*>(a.state[k]) + block + i, group[k]);
         });
 #pragma GCC unroll 4
         for (std::size_t j = 0; j < 4; ++j) {
@@ -163,15 +202,16 @@ struct NarrowLoop {
           V p = V::load(a.param + at);
           V state[kStates + 1];
           for (std::size_t k = 0; k < kStates; ++k) state[k] = group[k][j];
-          loop.step(p, V::load(a.grad + at), state);
+          update.template step<kPlain>(p, V::load(a.grad + at), state);
           V::store(a.param_out + at, p);
-          for (std::size_t k = 0; k < kStates; ++k) {
+          for_each_state<kStates>([&](auto k) {
             V::store(now.state[k] + i + j * V::kLanes, state[k]);
-          }
+            largest[k] = V::template larger_magnitude<!Rule::is_unsigned(k)>(largest[k], state[k]);
+          });
         }
         if (block > 0) encode_group(a, block - kQuantBlock, i, before);
       }
-      set_scales(a, block, now);
+      set_scales(a, block, largest, now);
     }
     const std::size_t last = (a.n - 1) / kQuantBlock * kQuantBlock;
     for (std::size_t i = 0; i < kQuantBlock; i += kGroup) {
@@ -179,7 +219,7 @@ struct NarrowLoop {
     }
   }
 
-  RuleLoop<V, Rule, kFma> loop;
+  RuleLoop<V, Rule> loop;
 };
 
 }  // namespace offload::update_internal

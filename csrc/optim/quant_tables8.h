@@ -1,5 +1,6 @@
 // The tables of block_quant.h for instruction sets that look up one of eight numbers, by the low
-// three bits of the index: encoding by segment, decoding by the exponent field of a code's float.
+// three bits of the index: encoding by the number of decades' lower ends that are reached, decoding
+// by the exponent field of a code's float.
 #pragma once
 
 #include <cstddef>
@@ -9,10 +10,10 @@
 namespace offload::update_internal {
 
 struct QuantTables8 {
-  // The ninth segment has no place here: its `position` is the map's last cap.
+  // From the segment below the first cell to the last decade's. What is zero in the unsigned map,
+  // and one, have no place here.
   alignas(32) float slope[8];
   alignas(32) float intercept[8];
-  alignas(32) float cap[8];
   // Zero, whose exponent field is 0, has none either: its value is to be masked.
   alignas(32) float value_slope[8];
   alignas(32) float value_intercept[8];
@@ -21,9 +22,8 @@ struct QuantTables8 {
 consteval QuantTables8 make_tables8(const QuantMap& map) {
   QuantTables8 tables = {};
   for (std::size_t i = 0; i < 8; ++i) {
-    tables.slope[i] = map.slope[i];
-    tables.intercept[i] = map.intercept[i];
-    tables.cap[i] = map.cap[i];
+    tables.slope[i] = map.slope[i + 1];
+    tables.intercept[i] = map.intercept[i + 1];
   }
   const std::size_t first = map.is_signed ? 127 : 128;  // the exponent field of decade 0
   for (std::size_t i = 0; i < kDecades; ++i) {

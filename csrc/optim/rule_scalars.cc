@@ -23,11 +23,24 @@ void set_square_average(RuleScalars& s, double decay) {
   s.one_minus_beta2 = static_cast<float>(1.0 - decay);
 }
 
+void set_bias_corrections(RuleScalars& s, const RuleHyper& hyper) {
+  const double correction2_sqrt = python_pow(1.0 - python_pow(hyper.beta2, hyper.step), 0.5);
+  const double step_size = hyper.lr / (1.0 - python_pow(hyper.beta1, hyper.step));
+  if (s.fused) {
+    s.eps = static_cast<float>(hyper.eps * correction2_sqrt);
+    s.neg_step_size = static_cast<float>(-(step_size * correction2_sqrt));
+  } else {
+    s.bias_correction2_sqrt = static_cast<float>(correction2_sqrt);
+    s.neg_step_size = static_cast<float>(-step_size);
+  }
+}
+
 }  // namespace
 
-RuleScalars make_scalars(const RuleHyper& hyper, GradFactors factors) {
+RuleScalars make_scalars(const RuleHyper& hyper, GradFactors factors, bool fused) {
   RuleScalars s = {};
   s.rule = hyper.rule;
+  s.fused = fused;
   s.rounding = hyper.rounding;
   s.maximize = hyper.maximize;
   s.weight_decay = static_cast<float>(hyper.weight_decay);
@@ -48,10 +61,7 @@ RuleScalars make_scalars(const RuleHyper& hyper, GradFactors factors) {
     case Rule::kAdam:
       set_lerp(s, 1.0 - hyper.beta1);
       set_square_average(s, hyper.beta2);
-      s.bias_correction2_sqrt =
-          static_cast<float>(python_pow(1.0 - python_pow(hyper.beta2, hyper.step), 0.5));
-      s.neg_step_size =
-          static_cast<float>(-(hyper.lr / (1.0 - python_pow(hyper.beta1, hyper.step))));
+      set_bias_corrections(s, hyper);
       s.amsgrad = hyper.amsgrad;
       break;
     case Rule::kSgd:

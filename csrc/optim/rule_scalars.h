@@ -1,18 +1,37 @@
 // One step's hyperparameters as the kernels use them: computed once per call, in double as Python
 // does, then rounded to float as ATen does.
+//
+// Rules whose states are narrow are free of ATen's order of operations. They round as `Fused` in
+// rounding_simd.h does, by correctly rounded operations that every instruction set has:
+//   - a product that is added to something is a fused multiply-add, and square roots are correctly
+//     rounded;
+//   - a moving average of squares is v - w * (v - g * g), w = 1 - beta2: two fused multiply-adds.
+//     It is never negative. (An infinity in v makes it NaN.)
+//   - Adam's bias correction of v is part of the constants: with c = sqrt(1 - beta2^step),
+//     lr * m / (sqrt(v) / c + eps) = (lr * c) * m / (sqrt(v) + eps * c);
+//   - a division is by a reciprocal without a divider: y = kReciprocalBits less the bits of d,
+//   which
+//     is within 12.5% of 1 / d, then twice e = 1 - d * y, y = y + y * (e + e * e). For 2^-126 <= d
+//     <= 2^125 it is within 1 unit in the last place of 1 / d. Zero and NaN give NaN: a quotient
+//     that torch makes an infinity is NaN. Nor is it a sound number for an infinite d; between
+//     these and the range above the error grows.
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 
 #include "optim/aten_rounding.h"
 #include "optim/update_rule.h"
 
 namespace offload::update_internal {
 
-// A field is set where the rule uses it (see rule_scalar.cc for how).
+inline constexpr std::uint32_t kReciprocalBits = 0x7ef311c7;
+
+// A field is set where the rule uses it (see rule_scalars.cc for how).
 struct RuleScalars {
   Rule rule;
-  AtenRounding rounding;
+  bool fused;             // see above
+  AtenRounding rounding;  // where not fused
   bool maximize;
   // grad.add(param, alpha=weight_decay); every rule but AdamW and Lion. torch skips it at zero.
   bool decays_grad;
@@ -27,7 +46,7 @@ struct RuleScalars {
   float one_minus_beta1;
   float beta2;  // of the moving average of squares: beta2, or RMSprop's alpha
   float one_minus_beta2;
-  float bias_correction2_sqrt;
+  float bias_correction2_sqrt;  // where not fused
   float eps;
   float neg_step_size;  // -(lr / bias_correction1), -lr, or -clr
   float momentum;
@@ -41,6 +60,6 @@ struct RuleScalars {
   std::size_t factor_count;
 };
 
-[[nodiscard]] RuleScalars make_scalars(const RuleHyper& hyper, GradFactors factors);
+[[nodiscard]] RuleScalars make_scalars(const RuleHyper& hyper, GradFactors factors, bool fused);
 
 }  // namespace offload::update_internal

@@ -4,7 +4,8 @@
 // is not merged with another's: V::kLanes, V::broadcast, load, store, load_first, store_first (the
 // first `count` < kLanes lanes; no other byte of memory is touched, other lanes are zero),
 // operators + - * /, negate, correctly rounded sqrt, fma(a, b, c) and fnma(a, b, c) = c - a * b,
-// which round once,
+// which round once, subtracted_from_bits(bits, a) (the number whose bits are `bits` less those of
+// a, modulo 2^32),
 // maximum(a, b) (NaN if either is), sign (of NaN and zeros: zero), a type Mask of lanes,
 // between(x, min, max) (false for NaN), all(mask) and select(mask, a, b). On x86-64 also rsqrt
 // (RSQRTPS), and where there is an instruction for it rsqrt14. Thread-safe.
@@ -12,20 +13,10 @@
 
 #include <cstddef>
 
+#include "optim/rounding_simd.h"
 #include "optim/rule_scalars.h"
-#include "optim/sqrt_simd.h"
 
 namespace offload::update_internal {
-
-// How ATen and MKL round; see AtenRounding.
-template <typename V, bool kFma, SqrtRule kSqrt>
-struct Rounding {
-  static V multiply_add(V a, V b, V c) {
-    if constexpr (kFma) return V::fma(a, b, c);
-    return a * b + c;
-  }
-  static V sqrt(V x) { return aten_rounding_internal::sqrt_by<V, kSqrt>(x); }
-};
 
 template <typename V, typename R>
 struct Lerp {
@@ -38,76 +29,38 @@ struct Lerp {
   bool to_grad;
 };
 
-template <typename V, typename R>
-struct SquareAverage {
-  explicit SquareAverage(const RuleScalars& s)
-      : kept(V::broadcast(s.beta2)), added(V::broadcast(s.one_minus_beta2)) {}
-  V operator()(V state, V g) const { return R::multiply_add(added * g, g, state * kept); }
-  V kept;
-  V added;
-};
-
-// sqrt(x) / divisor. A division takes the divider for many cycles, and the rule has another one;
-// by a divisor known beforehand it is one multiplication and two fused multiply-adds, the same bits
-// as long as nothing overflows or underflows (Brisebarre, Muller, Raina, "Accelerating correctly
-// rounded floating-point division when the divisor is known in advance", 2004).
-template <typename V, bool kFma, SqrtRule kSqrt>
-struct SqrtOverConstant {
-  explicit SqrtOverConstant(float by)
-      : divisor(V::broadcast(by)),
-        inverse(V::broadcast(1.0f / by)),
-        plain(by >= 0x1p-40f && by <= 1.0f) {}
-  V operator()(V x) const {
-    using aten_rounding_internal::kPlainMax;
-    using aten_rounding_internal::kPlainMin;
-    if (plain && V::all(V::between(x, V::broadcast(kPlainMin), V::broadcast(kPlainMax)))) {
-      const V root = aten_rounding_internal::plain_sqrt_by<V, kSqrt>(x);
-      const V quotient = root * inverse;
-      const V residual = V::fnma(quotient, divisor, root);
-      return V::fma(residual, inverse, quotient);
-    }
-    return aten_rounding_internal::sqrt_by<V, kSqrt>(x) / divisor;
-  }
-  V divisor;
-  V inverse;
-  bool plain;
-};
-
 // Each rule has kStates states, is_unsigned(k) of them (see state_is_unsigned()) and
 // step(p, g, states), which updates p and the states in place. It is given the gradient after
-// maximize and the decay that is added to it.
+// maximize and the decay that is added to it. `Rounding` is one of rounding_simd.h.
 
-template <typename V, bool kFma, SqrtRule kSqrt, std::size_t kStateCount>
+template <typename V, typename Rounding, std::size_t kStateCount>
 struct AdamRule {
-  using R = Rounding<V, kFma, kSqrt>;
+  using R = Rounding;
   static constexpr std::size_t kStates = kStateCount;  // 3 with amsgrad
   static constexpr bool is_unsigned(std::size_t k) { return k >= 1; }
   explicit AdamRule(const RuleScalars& s)
       : param_decay(V::broadcast(s.param_decay)),
         average(s),
         square_average(s),
-        root(s.bias_correction2_sqrt),
-        eps(V::broadcast(s.eps)),
+        denominator(s),
         neg_step_size(V::broadcast(s.neg_step_size)) {}
   void step(V& p, V g, V* state) const {
     state[0] = average(state[0], g);
     state[1] = square_average(state[1], g);
     V square = state[1];
     if constexpr (kStates == 3) square = state[2] = V::maximum(state[2], square);
-    const V denominator = root(square) + eps;
-    p = p * param_decay + (neg_step_size * state[0]) / denominator;
+    p = R::add_quotient(p * param_decay, neg_step_size * state[0], denominator(square));
   }
   V param_decay;
   Lerp<V, R> average;
-  SquareAverage<V, R> square_average;
-  SqrtOverConstant<V, kFma, kSqrt> root;
-  V eps;
+  typename R::SquareAverage square_average;
+  typename R::Denominator denominator;
   V neg_step_size;
 };
 
-template <typename V, bool kFma, SqrtRule kSqrt, std::size_t kStateCount>
+template <typename V, typename Rounding, std::size_t kStateCount>
 struct SgdRule {
-  using R = Rounding<V, kFma, kSqrt>;
+  using R = Rounding;
   static constexpr std::size_t kStates = kStateCount;  // 1 with momentum
   static constexpr bool is_unsigned(std::size_t) { return false; }
   explicit SgdRule(const RuleScalars& s)
@@ -130,24 +83,24 @@ struct SgdRule {
   bool first;
 };
 
-template <typename V, bool kFma, SqrtRule kSqrt, std::size_t kStateCount>
+template <typename V, typename Rounding, std::size_t kStateCount>
 struct AdagradRule {
-  using R = Rounding<V, kFma, kSqrt>;
+  using R = Rounding;
   static constexpr std::size_t kStates = kStateCount;
   static constexpr bool is_unsigned(std::size_t k) { return k == 0; }
   explicit AdagradRule(const RuleScalars& s)
       : eps(V::broadcast(s.eps)), neg_step_size(V::broadcast(s.neg_step_size)) {}
   void step(V& p, V g, V* state) const {
     state[0] = R::multiply_add(g, g, state[0]);
-    p = p + (neg_step_size * g) / (R::sqrt(state[0]) + eps);
+    p = R::add_quotient(p, neg_step_size * g, R::sqrt(state[0]) + eps);
   }
   V eps;
   V neg_step_size;
 };
 
-template <typename V, bool kFma, SqrtRule kSqrt, std::size_t kStateCount>
+template <typename V, typename Rounding, std::size_t kStateCount>
 struct RmspropRule {
-  using R = Rounding<V, kFma, kSqrt>;
+  using R = Rounding;
   static constexpr std::size_t kStates = kStateCount;  // 1, and one each by momentum and centered
   static constexpr bool is_unsigned(std::size_t k) { return k == 0; }
   explicit RmspropRule(const RuleScalars& s)
@@ -171,14 +124,14 @@ struct RmspropRule {
     const V denominator = R::sqrt(variance) + eps;
     if constexpr (kStates > 1) {
       if (has_momentum) {
-        state[1] = state[1] * momentum + g / denominator;
+        state[1] = R::add_quotient(state[1] * momentum, g, denominator);
         p = R::multiply_add(neg_step_size, state[1], p);
         return;
       }
     }
-    p = p + (neg_step_size * g) / denominator;
+    p = R::add_quotient(p, neg_step_size * g, denominator);
   }
-  SquareAverage<V, R> square_average;
+  typename R::SquareAverage square_average;
   Lerp<V, R> average;
   V eps;
   V momentum;
@@ -187,9 +140,9 @@ struct RmspropRule {
   bool centered;
 };
 
-template <typename V, bool kFma, SqrtRule kSqrt, std::size_t kStateCount>
+template <typename V, typename Rounding, std::size_t kStateCount>
 struct LionRule {
-  using R = Rounding<V, kFma, kSqrt>;
+  using R = Rounding;
   static constexpr std::size_t kStates = kStateCount;
   static constexpr bool is_unsigned(std::size_t) { return false; }
   explicit LionRule(const RuleScalars& s)

@@ -6,71 +6,104 @@
 
 namespace offload::update_internal {
 
-struct RuleLoops {
-  void (*fp32)(const RuleScalars&, const FloatArrays&);
-  // With states of these formats. REQUIRES: RuleScalars::rounding.fma, a.n > 0.
-  void (*bfloat16)(const RuleScalars&, const NarrowArrays&);
-  void (*int8)(const RuleScalars&, const NarrowArrays&);
-};
+using FloatLoop = void (*)(const RuleScalars&, const FloatArrays&);
+using NarrowLoopFn = void (*)(const RuleScalars&, const NarrowArrays&);
 
-template <typename V, template <typename, bool, SqrtRule, std::size_t> typename Rule, bool kFma,
-          SqrtRule kSqrt, std::size_t kStates>
-RuleLoops loops_of() {
-  using R = Rule<V, kFma, kSqrt, kStates>;
-  RuleLoops loops = {};
-  loops.fp32 = [](const RuleScalars& s, const FloatArrays& a) { RuleLoop<V, R, kFma>(s).run(a); };
-  if constexpr (kFma) {
-    loops.bfloat16 = [](const RuleScalars& s, const NarrowArrays& a) {
-      NarrowLoop<V, R, kFma>(s).run_bfloat16(a);
-    };
-    loops.int8 = [](const RuleScalars& s, const NarrowArrays& a) {
-      NarrowLoop<V, R, kFma>(s).run_int8(a);
-    };
-  }
-  return loops;
-}
-
-template <typename V, bool kFma, SqrtRule kSqrt>
-RuleLoops loops_with_sqrt(const RuleScalars& s, std::size_t states) {
+// What `Of` makes of the rule's class: Of::make<TheRule>(). REQUIRES: a rule with a square root.
+template <typename V, typename R, typename Of>
+auto of_root_rule(const RuleScalars& s, std::size_t states) {
   switch (s.rule) {
     case Rule::kAdagrad:
-      return loops_of<V, AdagradRule, kFma, kSqrt, 1>();
+      return Of::template make<AdagradRule<V, R, 1>>();
     case Rule::kRmsprop:
-      return states == 1   ? loops_of<V, RmspropRule, kFma, kSqrt, 1>()
-             : states == 2 ? loops_of<V, RmspropRule, kFma, kSqrt, 2>()
-                           : loops_of<V, RmspropRule, kFma, kSqrt, 3>();
+      return states == 1   ? Of::template make<RmspropRule<V, R, 1>>()
+             : states == 2 ? Of::template make<RmspropRule<V, R, 2>>()
+                           : Of::template make<RmspropRule<V, R, 3>>();
     default:
-      return states == 2 ? loops_of<V, AdamRule, kFma, kSqrt, 2>()
-                         : loops_of<V, AdamRule, kFma, kSqrt, 3>();
+      return states == 2 ? Of::template make<AdamRule<V, R, 2>>()
+                         : Of::template make<AdamRule<V, R, 3>>();
   }
 }
+
+// Likewise. REQUIRES: a rule without a square root.
+template <typename V, typename R, typename Of>
+auto of_rootless_rule(const RuleScalars& s, std::size_t states) {
+  if (s.rule == Rule::kLion) return Of::template make<LionRule<V, R, 1>>();
+  return states == 0 ? Of::template make<SgdRule<V, R, 0>>()
+                     : Of::template make<SgdRule<V, R, 1>>();
+}
+
+inline bool has_root(const RuleScalars& s) {
+  return s.rule != Rule::kLion && s.rule != Rule::kSgd;
+}
+
+template <typename V>
+struct MakeFloatLoop {
+  template <typename TheRule>
+  static FloatLoop make() {
+    return [](const RuleScalars& s, const FloatArrays& a) { RuleLoop<V, TheRule>(s).run(a); };
+  }
+};
+
+template <typename V>
+struct MakeBfloat16Loop {
+  template <typename TheRule>
+  static NarrowLoopFn make() {
+    return [](const RuleScalars& s, const NarrowArrays& a) {
+      NarrowLoop<V, TheRule>(s).run_bfloat16(a);
+    };
+  }
+};
+
+template <typename V>
+struct MakeInt8Loop {
+  template <typename TheRule>
+  static NarrowLoopFn make() {
+    return
+        [](const RuleScalars& s, const NarrowArrays& a) { NarrowLoop<V, TheRule>(s).run_int8(a); };
+  }
+};
 
 // REQUIRES: V can follow s.rounding.sqrt.
 template <typename V, bool kFma>
-RuleLoops loops_with_fma(const RuleScalars& s, std::size_t states) {
-  if (s.rule == Rule::kLion) return loops_of<V, LionRule, kFma, SqrtRule::kIeee, 1>();
-  if (s.rule == Rule::kSgd) {
-    return states == 0 ? loops_of<V, SgdRule, kFma, SqrtRule::kIeee, 0>()
-                       : loops_of<V, SgdRule, kFma, SqrtRule::kIeee, 1>();
-  }
+FloatLoop float_loop_with_fma(const RuleScalars& s, std::size_t states) {
+  using Of = MakeFloatLoop<V>;
+  using Ieee = LikeAten<V, kFma, SqrtRule::kIeee>;
+  if (!has_root(s)) return of_rootless_rule<V, Ieee, Of>(s, states);
   const SqrtRule rule = s.rounding.sqrt;
   if constexpr (requires(V x) { V::rsqrt(x); }) {
-    if (rule == SqrtRule::kRsqrt) return loops_with_sqrt<V, kFma, SqrtRule::kRsqrt>(s, states);
+    if (rule == SqrtRule::kRsqrt) {
+      return of_root_rule<V, LikeAten<V, kFma, SqrtRule::kRsqrt>, Of>(s, states);
+    }
     if (rule == SqrtRule::kRsqrtFma) {
-      return loops_with_sqrt<V, kFma, SqrtRule::kRsqrtFma>(s, states);
+      return of_root_rule<V, LikeAten<V, kFma, SqrtRule::kRsqrtFma>, Of>(s, states);
     }
   }
   if constexpr (requires(V x) { V::rsqrt14(x); }) {
     if (rule == SqrtRule::kRsqrt14Fma) {
-      return loops_with_sqrt<V, kFma, SqrtRule::kRsqrt14Fma>(s, states);
+      return of_root_rule<V, LikeAten<V, kFma, SqrtRule::kRsqrt14Fma>, Of>(s, states);
     }
   }
-  return loops_with_sqrt<V, kFma, SqrtRule::kIeee>(s, states);
+  return of_root_rule<V, Ieee, Of>(s, states);
 }
 
+// Of what is fp32 throughout or has fp32 states beside a master copy.
 template <typename V>
-RuleLoops select_loops(const RuleScalars& s, std::size_t states) {
-  return s.rounding.fma ? loops_with_fma<V, true>(s, states) : loops_with_fma<V, false>(s, states);
+FloatLoop select_float_loop(const RuleScalars& s, std::size_t states) {
+  return s.rounding.fma ? float_loop_with_fma<V, true>(s, states)
+                        : float_loop_with_fma<V, false>(s, states);
+}
+
+// REQUIRES: `format` is narrow. The loop REQUIRES a.n > 0.
+template <typename V>
+NarrowLoopFn select_narrow_loop(const RuleScalars& s, std::size_t states, StateFormat format) {
+  using R = Fused<V>;
+  if (format == StateFormat::kBfloat16) {
+    return has_root(s) ? of_root_rule<V, R, MakeBfloat16Loop<V>>(s, states)
+                       : of_rootless_rule<V, R, MakeBfloat16Loop<V>>(s, states);
+  }
+  return has_root(s) ? of_root_rule<V, R, MakeInt8Loop<V>>(s, states)
+                     : of_rootless_rule<V, R, MakeInt8Loop<V>>(s, states);
 }
 
 }  // namespace offload::update_internal

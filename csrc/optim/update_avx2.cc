@@ -34,6 +34,10 @@ struct Avx2 {
   static Avx2 negate(Avx2 a) { return {_mm256_xor_ps(a.lanes, sign_bit())}; }
   static Avx2 fma(Avx2 a, Avx2 b, Avx2 c) { return {_mm256_fmadd_ps(a.lanes, b.lanes, c.lanes)}; }
   static Avx2 fnma(Avx2 a, Avx2 b, Avx2 c) { return {_mm256_fnmadd_ps(a.lanes, b.lanes, c.lanes)}; }
+  static Avx2 subtracted_from_bits(std::uint32_t bits, Avx2 a) {
+    return {_mm256_castsi256_ps(
+        _mm256_sub_epi32(_mm256_set1_epi32(static_cast<int>(bits)), _mm256_castps_si256(a.lanes)))};
+  }
   static Avx2 maximum(Avx2 a, Avx2 b) {
     const __m256 nan = _mm256_cmp_ps(a.lanes, b.lanes, _CMP_UNORD_Q);
     return {_mm256_or_ps(_mm256_max_ps(a.lanes, b.lanes), nan)};
@@ -65,10 +69,6 @@ struct Avx2 {
     static Int iota() { return {_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)}; }
     static Int broadcast(std::uint32_t value) {
       return {_mm256_set1_epi32(static_cast<int>(value))};
-    }
-    template <int kBits>
-    static Int shifted(Int a) {
-      return {_mm256_srli_epi32(a.lanes, kBits)};
     }
     template <int kBits>
     static Int xor_shifted(Int a) {
@@ -103,10 +103,15 @@ struct Avx2 {
     const __m256i sum = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
     store16(to, low_halves(replace_nan(_mm256_srli_epi32(sum, 16), a.lanes, kBfloat16Nan)));
   }
-  static void store_bfloat16_random(std::uint16_t* to, Avx2 a, Int random) {
-    const __m256i low = _mm256_and_si256(random.lanes, _mm256_set1_epi32(0xffff));
-    const __m256i sum = _mm256_add_epi32(_mm256_castps_si256(a.lanes), low);
-    store16(to, low_halves(replace_nan(_mm256_srli_epi32(sum, 16), a.lanes, kBfloat16Nan)));
+  template <std::size_t k>
+  static void store_bfloat16_random(std::uint16_t* to, const Avx2 (&a)[2], const Int (&random)[2]) {
+    for (std::size_t i = 0; i < 2; ++i) {
+      const __m256i low = k % 2 == 0 ? _mm256_and_si256(random[i].lanes, _mm256_set1_epi32(0xffff))
+                                     : _mm256_srli_epi32(random[i].lanes, 16);
+      const __m256i sum = _mm256_add_epi32(_mm256_castps_si256(a[i].lanes), low);
+      const __m256i narrow = replace_nan(_mm256_srli_epi32(sum, 16), a[i].lanes, kBfloat16Nan);
+      store16(to + i * kLanes, low_halves(narrow));
+    }
   }
   static Avx2 load_float16(const std::uint16_t* from) { return {_mm256_cvtph_ps(load16(from))}; }
   static void store_float16(std::uint16_t* to, Avx2 a) {
@@ -116,65 +121,85 @@ struct Avx2 {
     store16(to, _mm256_cvtps_ph(quiet, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
   }
 
-  static std::uint32_t largest_magnitude(const float* from, std::size_t n) {
-    __m256i largest = _mm256_setzero_si256();
-    for (std::size_t i = 0; i < n; i += kLanes) {
-      const __m256 magnitude = _mm256_andnot_ps(sign_bit(), _mm256_loadu_ps(from + i));
-      largest = _mm256_max_epu32(largest, _mm256_castps_si256(magnitude));
-    }
+  template <bool kSigned>
+  static Int larger_magnitude(Int largest, Avx2 a) {
+    const __m256 magnitude = kSigned ? _mm256_andnot_ps(sign_bit(), a.lanes) : a.lanes;
+    return {_mm256_max_epu32(largest.lanes, _mm256_castps_si256(magnitude))};
+  }
+  static std::uint32_t largest(Int a) {
     alignas(32) std::uint32_t lanes[kLanes];
-    _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), largest);
+    _mm256_store_si256(reinterpret_cast<__m256i*>(lanes),
+                       _mm256_and_si256(a.lanes, _mm256_set1_epi32(0x7fffffff)));
     return *std::max_element(lanes, lanes + kLanes);
   }
+
+  struct Decoder {
+    template <bool kSigned>
+    static Decoder of(float scale) {
+      constexpr const QuantTables8& tables = kSigned ? kSignedTables8 : kUnsignedTables8;
+      const __m256 factor = _mm256_set1_ps(scale);
+      return {_mm256_mul_ps(_mm256_load_ps(tables.value_slope), factor),
+              _mm256_mul_ps(_mm256_load_ps(tables.value_intercept), factor),
+              _mm256_mul_ps(_mm256_setzero_ps(), factor)};
+    }
+
+    template <bool kSigned>
+    [[gnu::always_inline]] void decode(const std::uint8_t* codes, Avx2 (&to)[4]) const {
+      for (std::size_t k = 0; k < 4; ++k) {
+        const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes + k * kLanes));
+        const __m256 code =
+            _mm256_cvtepi32_ps(kSigned ? _mm256_cvtepi8_epi32(bytes) : _mm256_cvtepu8_epi32(bytes));
+        const __m256 m = _mm256_andnot_ps(sign_bit(), code);
+        const __m256i decade = _mm256_srli_epi32(_mm256_castps_si256(m), 23);
+        __m256 value = _mm256_fmadd_ps(_mm256_permutevar8x32_ps(slope, decade), m,
+                                       _mm256_permutevar8x32_ps(intercept, decade));
+        if constexpr (kSigned) value = _mm256_xor_ps(value, _mm256_andnot_ps(code, sign_bit()));
+        const __m256 nonzero = _mm256_cmp_ps(m, _mm256_setzero_ps(), _CMP_NEQ_OQ);
+        to[k] = {_mm256_blendv_ps(zero, value, nonzero)};
+      }
+    }
+
+    __m256 slope;
+    __m256 intercept;
+    __m256 zero;  // NaN where the scale is
+  };
 
   static __m256 lookup(const float* table, __m256i index) {
     return _mm256_permutevar8x32_ps(_mm256_load_ps(table), index);
   }
-
-  template <bool kSigned>
-  static void dequantize(const std::uint8_t* codes, float scale, Avx2 (&to)[4]) {
-    constexpr const QuantTables8& tables = kSigned ? kSignedTables8 : kUnsignedTables8;
-    for (std::size_t k = 0; k < 4; ++k) {
-      const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes + k * kLanes));
-      const __m256 code =
-          _mm256_cvtepi32_ps(kSigned ? _mm256_cvtepi8_epi32(bytes) : _mm256_cvtepu8_epi32(bytes));
-      const __m256 m = _mm256_andnot_ps(sign_bit(), code);
-      const __m256i decade = _mm256_srli_epi32(_mm256_castps_si256(m), 23);
-      __m256 value = _mm256_fmadd_ps(lookup(tables.value_slope, decade), m,
-                                     lookup(tables.value_intercept, decade));
-      if constexpr (kSigned) value = _mm256_xor_ps(value, _mm256_andnot_ps(code, sign_bit()));
-      value = _mm256_and_ps(value, _mm256_cmp_ps(m, _mm256_setzero_ps(), _CMP_NEQ_OQ));
-      to[k] = {_mm256_mul_ps(value, _mm256_set1_ps(scale))};
-    }
+  static __m256 at_least(__m256 z, float threshold) {
+    return _mm256_cmp_ps(z, _mm256_set1_ps(threshold), _CMP_GE_OQ);
   }
 
   // The codes of eight elements, in lanes of 32 bits.
   template <bool kSigned>
-  static __m256i quantize(__m256 y) {
+  [[gnu::always_inline]] static __m256i quantize(__m256 element, __m256 inverse) {
     constexpr const QuantMap& map = kSigned ? kSignedMap : kUnsignedMap;
     constexpr const QuantTables8& tables = kSigned ? kSignedTables8 : kUnsignedTables8;
-    const __m256 magnitude = _mm256_andnot_ps(sign_bit(), y);
-    __m256i segment = _mm256_setzero_si256();
-    __m256 reached = {};
-    for (const float threshold : map.threshold) {
-      reached = _mm256_cmp_ps(magnitude, _mm256_set1_ps(threshold), _CMP_GE_OQ);
-      segment = _mm256_sub_epi32(segment, _mm256_castps_si256(reached));
+    const __m256 magnitude = kSigned ? _mm256_andnot_ps(sign_bit(), element) : element;
+    const __m256 z = _mm256_fmadd_ps(magnitude, inverse, _mm256_set1_ps(kQuantOffset));
+    __m256i decades = _mm256_setzero_si256();
+    for (std::size_t i = 1; i <= kDecades; ++i) {
+      decades = _mm256_sub_epi32(decades, _mm256_castps_si256(at_least(z, map.threshold[i])));
     }
-    __m256 position = _mm256_fmadd_ps(lookup(tables.slope, segment), magnitude,
-                                      lookup(tables.intercept, segment));
-    position = _mm256_min_ps(position, lookup(tables.cap, segment));
-    // The last segment is one more than the tables hold.
-    position = _mm256_blendv_ps(position, _mm256_set1_ps(map.cap[kThresholds]), reached);
-    if constexpr (kSigned) position = _mm256_or_ps(position, _mm256_andnot_ps(y, sign_bit()));
+    __m256 position =
+        _mm256_fmadd_ps(lookup(tables.slope, decades), z, lookup(tables.intercept, decades));
+    position = _mm256_blendv_ps(position, _mm256_set1_ps(map.intercept[kSegments - 1]),
+                                at_least(z, map.threshold[kThresholds - 1]));
+    if constexpr (kSigned) {
+      position = _mm256_or_ps(position, _mm256_andnot_ps(element, sign_bit()));
+    } else {
+      position = _mm256_and_ps(position, at_least(z, map.threshold[0]));
+    }
     return _mm256_cvttps_epi32(position);
   }
 
   template <bool kSigned>
-  static void quantize(const float* from, float inverse, std::uint8_t* codes) {
+  [[gnu::always_inline]] static void quantize(const float* from, float inverse,
+                                              std::uint8_t* codes) {
     __m256i m[4];
     for (std::size_t k = 0; k < 4; ++k) {
-      m[k] = quantize<kSigned>(
-          _mm256_mul_ps(_mm256_loadu_ps(from + k * kLanes), _mm256_set1_ps(inverse)));
+      m[k] = quantize<kSigned>(_mm256_loadu_ps(from + k * kLanes), _mm256_set1_ps(inverse));
     }
     // Saturation makes 127 of 128: there is no code for minus one.
     const __m256i low = kSigned ? _mm256_packs_epi32(m[0], m[1]) : _mm256_packus_epi32(m[0], m[1]);

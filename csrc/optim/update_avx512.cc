@@ -10,6 +10,9 @@
 
 #include <immintrin.h>
 
+#include <array>
+#include <bit>
+
 #include "optim/narrow_float.h"
 #include "optim/update_simd.h"
 
@@ -17,14 +20,14 @@ namespace offload::update_internal {
 namespace {
 
 // Encoding looks up by binade: entry E - 96 is for the exponent field E, [2^(E - 127), 2^(E -
-// 126)), which the low five bits of E select. `slope`, `intercept` and `cap` are those of the
-// segment at the binade's lower end. A binade holds one threshold at most; from there on the next
-// binade's segment holds. Decoding looks up by the exponent field of a code's float, modulo 16.
+// 126)), which the low five bits of E select. `slope` and `intercept` are those of the segment at
+// the binade's lower end. A binade holds one threshold at most; from there on the next binade's
+// segment holds: `carry`, added to the bits, carries into the exponent there. Decoding looks up by
+// the exponent field of a code's float, modulo 16.
 struct Tables {
-  alignas(64) float threshold[32];
+  alignas(64) std::uint32_t carry[32];
   alignas(64) float slope[32];
   alignas(64) float intercept[32];
-  alignas(64) float cap[32];
   alignas(64) float value_slope[16];
   alignas(64) float value_intercept[16];
 };
@@ -36,17 +39,20 @@ constexpr double kUnsignedUnit = 0x1p8;
 
 consteval Tables make_tables(const QuantMap& map) {
   Tables tables = {};
-  float low = 0x1p-31f;
-  for (std::size_t e = 0; e < 32; ++e, low *= 2.0f) {
+  for (std::uint32_t e = 0; e < 32; ++e) {
+    const std::uint32_t low_bits = (96 + e) << 23;
+    const float low = std::bit_cast<float>(low_bits), high = 2.0f * low;
     std::size_t segment = 0;
     while (segment < kThresholds && map.threshold[segment] <= low) ++segment;
-    tables.threshold[e] = segment < kThresholds ? map.threshold[segment] : 4.0f;  // 4: never
-    if (segment + 1 < kThresholds && map.threshold[segment + 1] < 2.0f * low) {
-      throw "two thresholds in a binade";
+    if (segment < kThresholds && map.threshold[segment] < high) {
+      if (segment + 1 < kThresholds && map.threshold[segment + 1] <= high) {
+        throw "the next binade does not begin in the threshold's segment";
+      }
+      tables.carry[e] =
+          low_bits + (1u << 23) - std::bit_cast<std::uint32_t>(map.threshold[segment]);
     }
     tables.slope[e] = map.slope[segment];
     tables.intercept[e] = map.intercept[segment];
-    tables.cap[e] = map.cap[segment];
   }
   // A signed code is the greater the more negative its element is.
   const float sign = map.is_signed ? -1.0f : 1.0f;
@@ -94,6 +100,10 @@ struct Avx512 {
   static Avx512 fnma(Avx512 a, Avx512 b, Avx512 c) {
     return {_mm512_fnmadd_ps(a.lanes, b.lanes, c.lanes)};
   }
+  static Avx512 subtracted_from_bits(std::uint32_t bits, Avx512 a) {
+    return {_mm512_castsi512_ps(
+        _mm512_sub_epi32(_mm512_set1_epi32(static_cast<int>(bits)), _mm512_castps_si512(a.lanes)))};
+  }
   static Avx512 maximum(Avx512 a, Avx512 b) {
     const __mmask16 nan = _mm512_cmp_ps_mask(a.lanes, b.lanes, _CMP_UNORD_Q);
     return {_mm512_mask_add_ps(_mm512_max_ps(a.lanes, b.lanes), nan, a.lanes, b.lanes)};
@@ -128,10 +138,6 @@ struct Avx512 {
       return {_mm512_set1_epi32(static_cast<int>(value))};
     }
     template <int kBits>
-    static Int shifted(Int a) {
-      return {_mm512_srli_epi32(a.lanes, kBits)};
-    }
-    template <int kBits>
     static Int xor_shifted(Int a) {
       return {_mm512_xor_si512(a.lanes, _mm512_srli_epi32(a.lanes, kBits))};
     }
@@ -161,10 +167,26 @@ struct Avx512 {
     const __m512i sum = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
     store16(to, replace_nan(high_halves(sum), a.lanes, kBfloat16Nan));
   }
-  static void store_bfloat16_random(std::uint16_t* to, Avx512 a, Int random) {
-    const __m512i low = _mm512_and_si512(random.lanes, _mm512_set1_epi32(0xffff));
-    const __m512i sum = _mm512_add_epi32(_mm512_castps_si512(a.lanes), low);
-    store16(to, replace_nan(high_halves(sum), a.lanes, kBfloat16Nan));
+  // The bits of a + 16 of the random ones; of a NaN the constant's.
+  template <std::size_t k>
+  static __m512i add_random(Avx512 a, Int random) {
+    const __m512i low = k % 2 == 0 ? _mm512_and_si512(random.lanes, _mm512_set1_epi32(0xffff))
+                                   : _mm512_srli_epi32(random.lanes, 16);
+    const __mmask16 is_nan = _mm512_cmp_ps_mask(a.lanes, a.lanes, _CMP_UNORD_Q);
+    const __m512i nan = _mm512_set1_epi32(kBfloat16Nan << 16);
+    return _mm512_mask_mov_epi32(_mm512_add_epi32(_mm512_castps_si512(a.lanes), low), is_nan, nan);
+  }
+  template <std::size_t k>
+  static void store_bfloat16_random(std::uint16_t* to, const Avx512 (&a)[2],
+                                    const Int (&random)[2]) {
+    alignas(64) static constexpr auto kHighHalves = [] {
+      std::array<std::uint16_t, 32> index = {};
+      for (std::size_t i = 0; i < 32; ++i) index[i] = static_cast<std::uint16_t>(2 * i + 1);
+      return index;
+    }();
+    const __m512i index = _mm512_load_si512(kHighHalves.data());
+    _mm512_storeu_si512(to, _mm512_permutex2var_epi16(add_random<k>(a[0], random[0]), index,
+                                                      add_random<k>(a[1], random[1])));
   }
   static Avx512 load_float16(const std::uint16_t* from) { return {_mm512_cvtph_ps(load16(from))}; }
   static void store_float16(std::uint16_t* to, Avx512 a) {
@@ -172,78 +194,87 @@ struct Avx512 {
     store16(to, replace_nan(half, a.lanes, kFloat16Nan));
   }
 
-  static std::uint32_t largest_magnitude(const float* from, std::size_t n) {
-    __m512i largest = _mm512_setzero_si512();
-    for (std::size_t i = 0; i < n; i += kLanes) {
-      const __m512 magnitude = _mm512_abs_ps(_mm512_loadu_ps(from + i));
-      largest = _mm512_max_epu32(largest, _mm512_castps_si512(magnitude));
-    }
-    return _mm512_reduce_max_epu32(largest);
-  }
-
   template <bool kSigned>
-  static void dequantize(const std::uint8_t* codes, float scale, Avx512 (&to)[4]) {
-    constexpr const Tables& tables = kSigned ? kSignedTables : kUnsignedTables;
-    // To each lane its byte, from one copy of the sixteen in each quarter.
-    constexpr int kPlace = kSigned ? 24 : 8;
-    constexpr auto control = [](int byte) {
-      return static_cast<int>(0x80808080u & ~(0xffu << kPlace)) | byte << kPlace;
-    };
-    const __m512i place =
-        _mm512_setr_epi32(control(0), control(1), control(2), control(3), control(4), control(5),
-                          control(6), control(7), control(8), control(9), control(10), control(11),
-                          control(12), control(13), control(14), control(15));
-    for (std::size_t k = 0; k < 4; ++k) {
-      const __m512i bytes = _mm512_broadcast_i32x4(
-          _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + k * kLanes)));
-      const __m512 code = _mm512_cvtepi32_ps(_mm512_shuffle_epi8(bytes, place));
-      const __m512i index = _mm512_srli_epi32(_mm512_castps_si512(code), 23);
-      const __m512 slope = _mm512_permutexvar_ps(index, _mm512_load_ps(tables.value_slope));
-      __m512 intercept = _mm512_permutexvar_ps(index, _mm512_load_ps(tables.value_intercept));
-      if constexpr (kSigned) {
-        constexpr int kXorWithMasked = 0x78;  // a ^ (b & c)
-        intercept = _mm512_castsi512_ps(_mm512_ternarylogic_epi32(
-            _mm512_castps_si512(intercept), _mm512_castps_si512(code),
-            _mm512_set1_epi32(static_cast<int>(0x80000000u)), kXorWithMasked));
-      }
-      const __m512 value = _mm512_fmadd_ps(slope, code, intercept);
-      to[k] = {_mm512_mul_ps(value, _mm512_set1_ps(scale))};
-    }
+  static Int larger_magnitude(Int largest, Avx512 a) {
+    const __m512 magnitude = kSigned ? _mm512_abs_ps(a.lanes) : a.lanes;
+    return {_mm512_max_epu32(largest.lanes, _mm512_castps_si512(magnitude))};
+  }
+  static std::uint32_t largest(Int a) {
+    return _mm512_reduce_max_epu32(_mm512_and_si512(a.lanes, _mm512_set1_epi32(0x7fffffff)));
   }
 
-  static __m512 lookup(const float* table, __m512i index) {
-    return _mm512_permutex2var_ps(_mm512_load_ps(table), index, _mm512_load_ps(table + 16));
+  struct Decoder {
+    template <bool kSigned>
+    static Decoder of(float scale) {
+      constexpr const Tables& tables = kSigned ? kSignedTables : kUnsignedTables;
+      const __m512 factor = _mm512_set1_ps(scale);
+      return {_mm512_mul_ps(_mm512_load_ps(tables.value_slope), factor),
+              _mm512_mul_ps(_mm512_load_ps(tables.value_intercept), factor)};
+    }
+
+    template <bool kSigned>
+    [[gnu::always_inline]] void decode(const std::uint8_t* codes, Avx512 (&to)[4]) const {
+      // To each lane its byte, from one copy of the sixteen in each quarter.
+      constexpr int kPlace = kSigned ? 24 : 8;
+      constexpr auto control = [](int byte) {
+        return static_cast<int>(0x80808080u & ~(0xffu << kPlace)) | byte << kPlace;
+      };
+      const __m512i place =
+          _mm512_setr_epi32(control(0), control(1), control(2), control(3), control(4), control(5),
+                            control(6), control(7), control(8), control(9), control(10),
+                            control(11), control(12), control(13), control(14), control(15));
+      for (std::size_t k = 0; k < 4; ++k) {
+        const __m512i bytes = _mm512_broadcast_i32x4(
+            _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + k * kLanes)));
+        const __m512 code = _mm512_cvtepi32_ps(_mm512_shuffle_epi8(bytes, place));
+        const __m512i index = _mm512_srli_epi32(_mm512_castps_si512(code), 23);
+        __m512 line_intercept = _mm512_permutexvar_ps(index, intercept);
+        if constexpr (kSigned) {
+          constexpr int kXorWithMasked = 0x78;  // a ^ (b & c)
+          line_intercept = _mm512_castsi512_ps(_mm512_ternarylogic_epi32(
+              _mm512_castps_si512(line_intercept), _mm512_castps_si512(code),
+              _mm512_set1_epi32(static_cast<int>(0x80000000u)), kXorWithMasked));
+        }
+        to[k] = {_mm512_fmadd_ps(_mm512_permutexvar_ps(index, slope), code, line_intercept)};
+      }
+    }
+
+    __m512 slope;
+    __m512 intercept;
+  };
+
+  template <typename T>
+  static __m512i lookup(const T* table, __m512i index) {
+    return _mm512_permutex2var_epi32(_mm512_load_si512(table), index,
+                                     _mm512_load_si512(table + 16));
   }
 
   // The codes of sixteen elements, in lanes of 32 bits.
   template <bool kSigned>
-  static __m512i quantize(__m512 y) {
+  [[gnu::always_inline]] static __m512i quantize(__m512 element, __m512 inverse) {
     constexpr const Tables& tables = kSigned ? kSignedTables : kUnsignedTables;
-    // The magnitude, but no less than the first binade of the tables: below it all is zero.
-    constexpr int kLargerMagnitude = 0b1011;
-    const __m512 magnitude = _mm512_range_ps(y, _mm512_set1_ps(0x1p-31f), kLargerMagnitude);
-    __m512i binade = _mm512_srli_epi32(_mm512_castps_si512(magnitude), 23);
-    const __mmask16 beyond =
-        _mm512_cmp_ps_mask(magnitude, lookup(tables.threshold, binade), _CMP_GE_OQ);
-    binade = _mm512_mask_add_epi32(binade, beyond, binade, _mm512_set1_epi32(1));
-    __m512 position =
-        _mm512_fmadd_ps(lookup(tables.slope, binade), magnitude, lookup(tables.intercept, binade));
-    position = _mm512_min_ps(position, lookup(tables.cap, binade));
+    const __m512 magnitude = kSigned ? _mm512_abs_ps(element) : element;
+    const __m512 z = _mm512_fmadd_ps(magnitude, inverse, _mm512_set1_ps(kQuantOffset));
+    const __m512i bits = _mm512_castps_si512(z);
+    const __m512i carry = lookup(tables.carry, _mm512_srli_epi32(bits, 23));
+    const __m512i segment = _mm512_srli_epi32(_mm512_add_epi32(bits, carry), 23);
+    __m512 position = _mm512_fmadd_ps(_mm512_castsi512_ps(lookup(tables.slope, segment)), z,
+                                      _mm512_castsi512_ps(lookup(tables.intercept, segment)));
     if constexpr (kSigned) {
       constexpr int kOrMaskedNot = 0xf2;  // a | (~b & c)
       position = _mm512_castsi512_ps(_mm512_ternarylogic_epi32(
-          _mm512_castps_si512(position), _mm512_castps_si512(y),
+          _mm512_castps_si512(position), _mm512_castps_si512(element),
           _mm512_set1_epi32(static_cast<int>(0x80000000u)), kOrMaskedNot));
     }
     return _mm512_cvttps_epi32(position);
   }
 
   template <bool kSigned>
-  static void quantize(const float* from, float inverse, std::uint8_t* codes) {
+  [[gnu::always_inline]] static void quantize(const float* from, float inverse,
+                                              std::uint8_t* codes) {
     __m512i m[4];
     for (std::size_t k = 0; k < 4; ++k) {
-      m[k] = quantize<kSigned>(
-          _mm512_mul_ps(_mm512_loadu_ps(from + k * kLanes), _mm512_set1_ps(inverse)));
+      m[k] = quantize<kSigned>(_mm512_loadu_ps(from + k * kLanes), _mm512_set1_ps(inverse));
     }
     // Saturation makes 127 of 128: there is no code for minus one.
     const __m512i low = kSigned ? _mm512_packs_epi32(m[0], m[1]) : _mm512_packus_epi32(m[0], m[1]);

@@ -32,6 +32,9 @@ struct Neon {
   static Neon negate(Neon a) { return {vnegq_f32(a.lanes)}; }
   static Neon fma(Neon a, Neon b, Neon c) { return {vfmaq_f32(c.lanes, a.lanes, b.lanes)}; }
   static Neon fnma(Neon a, Neon b, Neon c) { return {vfmsq_f32(c.lanes, a.lanes, b.lanes)}; }
+  static Neon subtracted_from_bits(std::uint32_t bits, Neon a) {
+    return {vreinterpretq_f32_u32(vsubq_u32(vdupq_n_u32(bits), vreinterpretq_u32_f32(a.lanes)))};
+  }
   static Neon maximum(Neon a, Neon b) { return {vmaxq_f32(a.lanes, b.lanes)}; }
   static Neon sign(Neon a) {
     const uint32x4_t one = vreinterpretq_u32_f32(vdupq_n_f32(1.0f));
@@ -62,10 +65,6 @@ struct Neon {
     }
     static Int broadcast(std::uint32_t value) { return {vdupq_n_u32(value)}; }
     template <int kBits>
-    static Int shifted(Int a) {
-      return {vshrq_n_u32(a.lanes, kBits)};
-    }
-    template <int kBits>
     static Int xor_shifted(Int a) {
       return {veorq_u32(a.lanes, vshrq_n_u32(a.lanes, kBits))};
     }
@@ -89,10 +88,14 @@ struct Neon {
     const uint32x4_t sum = vaddq_u32(vaddq_u32(bits, vdupq_n_u32(0x7fff)), odd);
     vst1_u16(to, replace_nan(vshrn_n_u32(sum, 16), a.lanes, kBfloat16Nan));
   }
-  static void store_bfloat16_random(std::uint16_t* to, Neon a, Int random) {
-    const uint32x4_t low = vandq_u32(random.lanes, vdupq_n_u32(0xffff));
-    const uint32x4_t sum = vaddq_u32(vreinterpretq_u32_f32(a.lanes), low);
-    vst1_u16(to, replace_nan(vshrn_n_u32(sum, 16), a.lanes, kBfloat16Nan));
+  template <std::size_t k>
+  static void store_bfloat16_random(std::uint16_t* to, const Neon (&a)[2], const Int (&random)[2]) {
+    for (std::size_t i = 0; i < 2; ++i) {
+      const uint32x4_t low = k % 2 == 0 ? vandq_u32(random[i].lanes, vdupq_n_u32(0xffff))
+                                        : vshrq_n_u32(random[i].lanes, 16);
+      const uint32x4_t sum = vaddq_u32(vreinterpretq_u32_f32(a[i].lanes), low);
+      vst1_u16(to + i * kLanes, replace_nan(vshrn_n_u32(sum, 16), a[i].lanes, kBfloat16Nan));
+    }
   }
   static Neon load_float16(const std::uint16_t* from) {
     return {vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(from)))};
@@ -102,21 +105,27 @@ struct Neon {
     vst1_u16(to, replace_nan(half, a.lanes, kFloat16Nan));
   }
 
-  static std::uint32_t largest_magnitude(const float* from, std::size_t n) {
-    uint32x4_t largest = vdupq_n_u32(0);
-    for (std::size_t i = 0; i < n; i += kLanes) {
-      largest = vmaxq_u32(largest, vreinterpretq_u32_f32(vabsq_f32(vld1q_f32(from + i))));
-    }
-    return vmaxvq_u32(largest);
+  template <bool kSigned>
+  static Int larger_magnitude(Int largest, Neon a) {
+    const float32x4_t magnitude = kSigned ? vabsq_f32(a.lanes) : a.lanes;
+    return {vmaxq_u32(largest.lanes, vreinterpretq_u32_f32(magnitude))};
+  }
+  static std::uint32_t largest(Int a) {
+    return vmaxvq_u32(vandq_u32(a.lanes, vdupq_n_u32(0x7fffffff)));
   }
 
-  // table[index modulo 8], by the bytes of the table.
-  static float32x4_t lookup(const float (&table)[8], uint32x4_t index) {
-    const uint8x16x2_t bytes = {
-        {vreinterpretq_u8_f32(vld1q_f32(table)), vreinterpretq_u8_f32(vld1q_f32(table + 4))}};
+  // Eight numbers, as bytes.
+  static uint8x16x2_t table_of(float32x4_t low, float32x4_t high) {
+    return {{vreinterpretq_u8_f32(low), vreinterpretq_u8_f32(high)}};
+  }
+  static uint8x16x2_t table_of(const float (&table)[8]) {
+    return table_of(vld1q_f32(table), vld1q_f32(table + 4));
+  }
+  // Of the table's numbers that of `index` modulo 8.
+  static float32x4_t lookup(uint8x16x2_t table, uint32x4_t index) {
     const uint32x4_t low = vandq_u32(index, vdupq_n_u32(7));
     const uint32x4_t places = vmlaq_u32(vdupq_n_u32(0x03020100), low, vdupq_n_u32(0x04040404));
-    return vreinterpretq_f32_u8(vqtbl2q_u8(bytes, vreinterpretq_u8_u32(places)));
+    return vreinterpretq_f32_u8(vqtbl2q_u8(table, vreinterpretq_u8_u32(places)));
   }
   static float32x4_t with_sign_against(float32x4_t a, float32x4_t other) {
     const uint32x4_t against =
@@ -124,64 +133,81 @@ struct Neon {
     return vreinterpretq_f32_u32(veorq_u32(vreinterpretq_u32_f32(a), against));
   }
 
-  // The values of the map for four codes.
-  template <bool kSigned>
-  static float32x4_t decode(float32x4_t code) {
-    constexpr const QuantTables8& tables = kSigned ? kSignedTables8 : kUnsignedTables8;
-    const float32x4_t m = vabsq_f32(code);
-    const uint32x4_t decade = vshrq_n_u32(vreinterpretq_u32_f32(m), 23);
-    float32x4_t value =
-        vfmaq_f32(lookup(tables.value_intercept, decade), lookup(tables.value_slope, decade), m);
-    if constexpr (kSigned) value = with_sign_against(value, code);
-    const uint32x4_t nonzero = vcgtzq_f32(m);
-    return vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_f32(value), nonzero));
-  }
+  struct Decoder {
+    static uint8x16x2_t scaled(const float (&table)[8], float scale) {
+      return table_of(vmulq_n_f32(vld1q_f32(table), scale),
+                      vmulq_n_f32(vld1q_f32(table + 4), scale));
+    }
+    template <bool kSigned>
+    static Decoder of(float scale) {
+      constexpr const QuantTables8& tables = kSigned ? kSignedTables8 : kUnsignedTables8;
+      return {scaled(tables.value_slope, scale), scaled(tables.value_intercept, scale),
+              vdupq_n_f32(0.0f * scale)};
+    }
 
-  template <bool kSigned>
-  static void dequantize(const std::uint8_t* codes, float scale, Neon (&to)[4]) {
-    const uint8x16_t bytes = vld1q_u8(codes);
-    int16x8_t halves[2];
-    if constexpr (kSigned) {
-      halves[0] = vmovl_s8(vreinterpret_s8_u8(vget_low_u8(bytes)));
-      halves[1] = vmovl_s8(vreinterpret_s8_u8(vget_high_u8(bytes)));
-    } else {
-      halves[0] = vreinterpretq_s16_u16(vmovl_u8(vget_low_u8(bytes)));
-      halves[1] = vreinterpretq_s16_u16(vmovl_u8(vget_high_u8(bytes)));
+    // The values of four codes.
+    template <bool kSigned>
+    Neon decode(float32x4_t code) const {
+      const float32x4_t m = vabsq_f32(code);
+      const uint32x4_t decade = vshrq_n_u32(vreinterpretq_u32_f32(m), 23);
+      float32x4_t value = vfmaq_f32(lookup(intercept, decade), lookup(slope, decade), m);
+      if constexpr (kSigned) value = with_sign_against(value, code);
+      return {vbslq_f32(vcgtzq_f32(m), value, zero)};
     }
-    for (std::size_t k = 0; k < 2; ++k) {
-      const float32x4_t low = vcvtq_f32_s32(vmovl_s16(vget_low_s16(halves[k])));
-      const float32x4_t high = vcvtq_f32_s32(vmovl_s16(vget_high_s16(halves[k])));
-      to[2 * k] = {vmulq_n_f32(decode<kSigned>(low), scale)};
-      to[2 * k + 1] = {vmulq_n_f32(decode<kSigned>(high), scale)};
+
+    template <bool kSigned>
+    [[gnu::always_inline]] void decode(const std::uint8_t* codes, Neon (&to)[4]) const {
+      const uint8x16_t bytes = vld1q_u8(codes);
+      int16x8_t halves[2];
+      if constexpr (kSigned) {
+        halves[0] = vmovl_s8(vreinterpret_s8_u8(vget_low_u8(bytes)));
+        halves[1] = vmovl_s8(vreinterpret_s8_u8(vget_high_u8(bytes)));
+      } else {
+        halves[0] = vreinterpretq_s16_u16(vmovl_u8(vget_low_u8(bytes)));
+        halves[1] = vreinterpretq_s16_u16(vmovl_u8(vget_high_u8(bytes)));
+      }
+      for (std::size_t k = 0; k < 2; ++k) {
+        to[2 * k] = decode<kSigned>(vcvtq_f32_s32(vmovl_s16(vget_low_s16(halves[k]))));
+        to[2 * k + 1] = decode<kSigned>(vcvtq_f32_s32(vmovl_s16(vget_high_s16(halves[k]))));
+      }
     }
-  }
+
+    uint8x16x2_t slope;
+    uint8x16x2_t intercept;
+    float32x4_t zero;  // NaN where the scale is
+  };
 
   // The codes of four elements, in lanes of 32 bits.
   template <bool kSigned>
-  static int32x4_t encode(float32x4_t y) {
+  [[gnu::always_inline]] static int32x4_t encode(float32x4_t element, float inverse) {
     constexpr const QuantMap& map = kSigned ? kSignedMap : kUnsignedMap;
     constexpr const QuantTables8& tables = kSigned ? kSignedTables8 : kUnsignedTables8;
-    const float32x4_t magnitude = vabsq_f32(y);
-    uint32x4_t segment = vdupq_n_u32(0);
-    uint32x4_t reached = segment;
-    for (const float threshold : map.threshold) {
-      reached = vcgeq_f32(magnitude, vdupq_n_f32(threshold));
-      segment = vsubq_u32(segment, reached);
+    const float32x4_t z =
+        vfmaq_f32(vdupq_n_f32(kQuantOffset), vabsq_f32(element), vdupq_n_f32(inverse));
+    const auto reached = [z](float threshold) { return vcgeq_f32(z, vdupq_n_f32(threshold)); };
+    uint32x4_t decades = vdupq_n_u32(0);
+    for (std::size_t i = 1; i <= kDecades; ++i) {
+      decades = vsubq_u32(decades, reached(map.threshold[i]));
     }
-    float32x4_t position =
-        vfmaq_f32(lookup(tables.intercept, segment), lookup(tables.slope, segment), magnitude);
-    position = vminq_f32(position, lookup(tables.cap, segment));
-    // The last segment is one more than the tables hold.
-    position = vbslq_f32(reached, vdupq_n_f32(map.cap[kThresholds]), position);
-    if constexpr (kSigned) position = with_sign_against(position, y);
+    float32x4_t position = vfmaq_f32(lookup(table_of(tables.intercept), decades),
+                                     lookup(table_of(tables.slope), decades), z);
+    position = vbslq_f32(reached(map.threshold[kThresholds - 1]),
+                         vdupq_n_f32(map.intercept[kSegments - 1]), position);
+    if constexpr (kSigned) {
+      position = with_sign_against(position, element);
+    } else {
+      position = vreinterpretq_f32_u32(
+          vandq_u32(vreinterpretq_u32_f32(position), reached(map.threshold[0])));
+    }
     return vcvtq_s32_f32(position);
   }
 
   template <bool kSigned>
-  static void quantize(const float* from, float inverse, std::uint8_t* codes) {
+  [[gnu::always_inline]] static void quantize(const float* from, float inverse,
+                                              std::uint8_t* codes) {
     int32x4_t m[4];
     for (std::size_t k = 0; k < 4; ++k) {
-      m[k] = encode<kSigned>(vmulq_n_f32(vld1q_f32(from + k * kLanes), inverse));
+      m[k] = encode<kSigned>(vld1q_f32(from + k * kLanes), inverse);
     }
     const int16x8_t low = vcombine_s16(vmovn_s32(m[0]), vmovn_s32(m[1]));
     const int16x8_t high = vcombine_s16(vmovn_s32(m[2]), vmovn_s32(m[3]));

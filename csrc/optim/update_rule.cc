@@ -69,9 +69,8 @@ std::size_t element_bytes(StateFormat format) {
 void update_isa(Isa isa, const RuleHyper& hyper, const UpdateFormat& format, GradFactors factors,
                 const RoundingSeed& seed, const UpdateArrays& arrays) {
   UpdateCall call;
-  call.scalars = update_internal::make_scalars(hyper, factors);
-  // Only what is fp32 throughout can have ATen's bits; the loops of the rest are compiled once.
-  if (format.state != StateFormat::kFloat32) call.scalars.rounding.fma = true;
+  const bool narrow = format.state != StateFormat::kFloat32;
+  call.scalars = update_internal::make_scalars(hyper, factors, narrow);
   call.format = format;
   call.seed = seed;
   call.step = static_cast<std::uint64_t>(hyper.step);

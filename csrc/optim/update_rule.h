@@ -9,9 +9,10 @@
 //     (see update_scalar.cc, the reference, for each rule's operations in order), provided
 //     RuleHyper::rounding is that of the ATen in use. Left open are the payload and sign of a NaN
 //     and, where a decay is 0, the sign of a state that is zero.
-//   - the other formats get the bits of the reference, which all instruction sets share: the fp32
-//     rule on the decoded states, rounded by the format. With narrower states multiply-adds are
-//     fused whatever RuleHyper::rounding says of them.
+//   - the other formats get the bits of the reference, which all instruction sets share. With fp32
+//     states that is the same rule on the master copy. With narrower ones it is the rule on the
+//     decoded states, rounded by the format; the step rounds as rule_scalars.h says, whatever
+//     RuleHyper::rounding is.
 // REQUIRES the default floating-point environment. Thread-safe on disjoint outputs; allocates
 // nothing.
 #pragma once
@@ -112,8 +113,8 @@ struct RoundingSeed {
   std::uint64_t first = 0;      // position in the parameter of the arrays' element 0
 };
 
-// One step by best_isa(), or by a given one. REQUIRES: sqrt_rule_available(isa,
-// hyper.rounding.sqrt).
+// One step by best_isa(), or by a given one. REQUIRES: isa_available(isa) and, with fp32 states,
+// sqrt_rule_available(isa, hyper.rounding.sqrt).
 void update(const RuleHyper& hyper, const UpdateFormat& format, GradFactors factors,
             const RoundingSeed& seed, const UpdateArrays& arrays);
 void update_isa(Isa isa, const RuleHyper& hyper, const UpdateFormat& format, GradFactors factors,

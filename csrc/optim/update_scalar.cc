@@ -1,6 +1,6 @@
 // The reference: every rule and format spelled out, one element at a time. Compiled with
-// -ffp-contract=off: each line is rounded once, and so is fma(a, b, c) where ATen contracts
-// (AtenRounding::fma).
+// -ffp-contract=off: each operation is rounded once, and so is fma(a, b, c) where ATen contracts
+// (AtenRounding::fma) and where states are narrow (RuleScalars::fused).
 #include <algorithm>
 #include <bit>
 #include <cmath>
@@ -18,11 +18,12 @@ struct Reference {
   const RuleScalars& s;
 
   float fma(float a, float b, float c) const {
-    if (s.rounding.fma) return std::fma(a, b, c);
+    if (s.fused || s.rounding.fma) return std::fma(a, b, c);
     const float product = a * b;
     return product + c;
   }
   float sqrt(float x) const {
+    if (s.fused) return std::sqrt(x);
     float root;
     sqrt_by_rule(s.rounding.sqrt, &x, &root, 1);
     return root;
@@ -30,15 +31,30 @@ struct Reference {
   float lerp(float state, float g) const {
     return fma(s.lerp_weight, g - state, s.lerp_to_grad ? g : state);
   }
+  // See rule_scalars.h.
+  static float reciprocal(float d) {
+    float y = std::bit_cast<float>(kReciprocalBits - std::bit_cast<std::uint32_t>(d));
+    for (int k = 0; k < 2; ++k) {
+      const float e = std::fma(-d, y, 1.0f);
+      y = std::fma(std::fma(e, e, e), y, y);
+    }
+    return y;
+  }
   // mul_(beta2).addcmul_(g, g, value=1 - beta2)
   float square_average(float state, float g) const {
+    if (s.fused) return std::fma(-s.one_minus_beta2, std::fma(-g, g, state), state);
     const float kept = state * s.beta2;
     return fma(s.one_minus_beta2 * g, g, kept);
   }
+  // c + a / b
+  float add_quotient(float c, float a, float b) const {
+    if (s.fused) return std::fma(a, reciprocal(b), c);
+    const float quotient = a / b;
+    return c + quotient;
+  }
   // param.addcdiv_(a, b, value=-lr)
   float step_by_quotient(float p, float a, float b) const {
-    const float change = (s.neg_step_size * a) / b;
-    return p + change;
+    return add_quotient(p, s.neg_step_size * a, b);
   }
 
   // AdamW, Adam. States: exp_avg, exp_avg_sq, max_exp_avg_sq.
@@ -52,7 +68,8 @@ struct Reference {
       const bool keep = state[2] > square || std::isnan(state[2]);
       square = state[2] = keep ? state[2] : square;
     }
-    const float denominator = sqrt(square) / s.bias_correction2_sqrt + s.eps;
+    const float root = s.fused ? sqrt(square) : sqrt(square) / s.bias_correction2_sqrt;
+    const float denominator = root + s.eps;
     p = step_by_quotient(p, state[0], denominator);
   }
 
@@ -83,8 +100,7 @@ struct Reference {
     }
     const float denominator = sqrt(variance) + s.eps;
     if (s.has_momentum) {
-      const float kept = state[1] * s.momentum;
-      state[1] = kept + g / denominator;
+      state[1] = add_quotient(state[1] * s.momentum, g, denominator);
       p = fma(s.neg_step_size, state[1], p);
     } else {
       p = step_by_quotient(p, g, denominator);

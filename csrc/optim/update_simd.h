@@ -52,13 +52,14 @@ struct SimdUpdate {
     return g;
   }
 
-  // `to` has room for whole vectors.
+  // `to` has room for whole vectors; `from` goes on for `length` elements, n or more.
   template <ElementType kType>
-  static void widen_grads(const RuleScalars& s, const std::uint16_t* from, float* to,
-                          std::size_t n) {
+  static void widen_grads(const RuleScalars& s, const std::uint16_t* from, float* to, std::size_t n,
+                          std::size_t length) {
+    constexpr std::size_t kStep = V::kLanes * sizeof(from[0]);
     std::size_t i = 0;
     for (; n - i >= V::kLanes; i += V::kLanes) {
-      prefetch(from, i + kTile);
+      read_ahead(from, i * sizeof(from[0]), kStep, length * sizeof(from[0]));
       V::store(to + i, widen_grad<kType>(s, from + i));
     }
     if (i == n) return;
@@ -77,6 +78,12 @@ struct SimdUpdate {
     std::memcpy(to + i, padded, (n - i) * sizeof(padded[0]));
   }
 
+  // The one that the call's format of states needs.
+  struct Loops {
+    FloatLoop fp32 = nullptr;
+    NarrowLoopFn narrow = nullptr;
+  };
+
   // The fp32 parameter at `param` and the states from element `first` on.
   struct Run {
     const float* param;
@@ -84,12 +91,15 @@ struct SimdUpdate {
     const float* grad;
     std::size_t first;
     std::size_t n;
+    std::size_t grad_length;  // see FloatArrays
   };
 
   static void run_fp32_states(const UpdateCall& call, const RuleScalars& scalars,
-                              const RuleLoops& loops, const Run& run) {
+                              const Loops& loops, const Run& run) {
     FloatArrays f = {};
     f.n = run.n;
+    f.length = call.arrays.n - run.first;
+    f.grad_length = run.grad_length;
     f.param = run.param;
     f.param_out = run.param_out;
     f.grad = run.grad;
@@ -105,6 +115,8 @@ struct SimdUpdate {
     const std::size_t bytes = element_bytes(call.format.state);
     NarrowArrays out = {};
     out.n = run.n;
+    out.length = a.n - run.first;
+    out.grad_length = run.grad_length;
     out.param = run.param;
     out.param_out = run.param_out;
     out.grad = run.grad;
@@ -125,7 +137,7 @@ struct SimdUpdate {
   }
 
   // The elements after the last whole block, by way of a padded copy.
-  static void run_rest(const UpdateCall& call, const RuleScalars& scalars, const RuleLoops& loops,
+  static void run_rest(const UpdateCall& call, const RuleScalars& scalars, const Loops& loops,
                        const Run& run) {
     const std::size_t bytes = element_bytes(call.format.state);
     float param[kQuantBlock] = {}, grad[kQuantBlock] = {};
@@ -136,25 +148,20 @@ struct SimdUpdate {
     NarrowArrays padded = a;
     padded.param = padded.param_out = param;
     padded.grad = grad;
+    padded.length = padded.grad_length = run.n;
     for (std::size_t k = 0; k < call.states; ++k) {
       std::memcpy(state[k], a.state[k], run.n * bytes);
       padded.state[k] = padded.state_out[k] = state[k];
     }
-    run_whole(call, scalars, loops, padded);
+    loops.narrow(scalars, padded);
     std::memcpy(run.param_out, param, run.n * sizeof(float));
     for (std::size_t k = 0; k < call.states; ++k) {
       std::memcpy(a.state_out[k], state[k], run.n * bytes);
     }
   }
 
-  static void run_whole(const UpdateCall& call, const RuleScalars& scalars, const RuleLoops& loops,
-                        const NarrowArrays& arrays) {
-    const bool bfloat16 = call.format.state == StateFormat::kBfloat16;
-    (bfloat16 ? loops.bfloat16 : loops.int8)(scalars, arrays);
-  }
-
   static void run_narrow_states(const UpdateCall& call, const RuleScalars& scalars,
-                                const RuleLoops& loops, Run run) {
+                                const Loops& loops, Run run) {
     while (run.n > 0) {
       Run part = run;
       // The high half of the position is part of the key: it is to be the same in all of a part.
@@ -163,7 +170,7 @@ struct SimdUpdate {
           static_cast<std::size_t>(std::min<std::uint64_t>(run.n, (std::uint64_t{1} << 32) - low));
       if (part.n >= kQuantBlock) {
         part.n = part.n / kQuantBlock * kQuantBlock;
-        run_whole(call, scalars, loops, narrow_arrays(call, part));
+        loops.narrow(scalars, narrow_arrays(call, part));
       } else {
         run_rest(call, scalars, loops, part);
       }
@@ -172,10 +179,11 @@ struct SimdUpdate {
       run.grad += part.n;
       run.first += part.n;
       run.n -= part.n;
+      run.grad_length -= part.n;
     }
   }
 
-  static void run_part(const UpdateCall& call, const RuleScalars& scalars, const RuleLoops& loops,
+  static void run_part(const UpdateCall& call, const RuleScalars& scalars, const Loops& loops,
                        const Run& run) {
     if (call.format.state == StateFormat::kFloat32) {
       run_fp32_states(call, scalars, loops, run);
@@ -185,27 +193,32 @@ struct SimdUpdate {
   }
 
   template <ElementType kType>
-  static void run_with_master(const UpdateCall& call, const RuleLoops& loops) {
+  static void run_with_master(const UpdateCall& call, const Loops& loops) {
     const UpdateArrays& a = call.arrays;
     alignas(64) float grad[kTile];
     RuleScalars scalars = call.scalars;
     scalars.factor_count = 0;
     for (std::size_t first = 0; first < a.n; first += kTile) {
       const std::size_t n = std::min(kTile, a.n - first);
-      widen_grads<kType>(call.scalars, halves(a.grad, first), grad, n);
-      run_part(call, scalars, loops, {a.master + first, a.master_out + first, grad, first, n});
+      widen_grads<kType>(call.scalars, halves(a.grad, first), grad, n, a.n - first);
+      run_part(call, scalars, loops, {a.master + first, a.master_out + first, grad, first, n, n});
       narrow_params<kType>(a.master_out + first, halves(a.param_out, first), n);
     }
   }
 
   static void run(const UpdateCall& call) {
-    const RuleLoops loops = select_loops<V>(call.scalars, call.states);
+    Loops loops;
+    if (call.format.state == StateFormat::kFloat32) {
+      loops.fp32 = select_float_loop<V>(call.scalars, call.states);
+    } else {
+      loops.narrow = select_narrow_loop<V>(call.scalars, call.states, call.format.state);
+    }
     const UpdateArrays& a = call.arrays;
     switch (call.format.param) {
       case ElementType::kFloat32:
         return run_part(call, call.scalars, loops,
                         {static_cast<const float*>(a.param), static_cast<float*>(a.param_out),
-                         static_cast<const float*>(a.grad), 0, a.n});
+                         static_cast<const float*>(a.grad), 0, a.n, a.n});
       case ElementType::kBfloat16:
         return run_with_master<ElementType::kBfloat16>(call, loops);
       case ElementType::kFloat16:

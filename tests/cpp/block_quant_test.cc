@@ -19,6 +19,7 @@ namespace {
 
 using update_internal::dequantize_block;
 using update_internal::kSignedMap;
+using update_internal::kSmallestScale;
 using update_internal::kUnsignedMap;
 using update_internal::quantize_block;
 using update_internal::QuantMap;
@@ -41,10 +42,25 @@ std::vector<double> dynamic_map(bool is_signed) {
   return values;
 }
 
-double nearest_distance(const std::vector<double>& map, double value) {
-  double best = std::numeric_limits<double>::infinity();
-  for (const double candidate : map) best = std::min(best, std::fabs(candidate - value));
-  return best;
+// What the map makes of a magnitude <= 1: the centre of its cell.
+double cell_centre(bool is_signed, double y) {
+  if (y < 1e-7) return is_signed || y == 0.0 ? 0.0 : 1e-7 + 0.5 * 0.45e-6;
+  for (int i = 0; i < 7; ++i) {
+    const int cells = is_signed ? 1 << i : 2 << i;
+    const double top = std::pow(10.0, i - 6), cell = 0.9 * top / cells;
+    if (y >= top && i < 6) continue;
+    if (i == 6 && y >= 1.0 - 0.25 * cell) return 1.0;
+    return 0.1 * top + cell * (std::floor((y - 0.1 * top) / cell) + 0.5);
+  }
+  return 1.0;
+}
+
+// Half the width of its cell.
+double most_error(bool is_signed, double y) {
+  if (y < 1e-7) return is_signed ? 1e-7 : 1e-7 + 0.5 * 0.45e-6;
+  int i = 0;
+  while (i < 6 && y >= std::pow(10.0, i - 6)) ++i;
+  return 0.45 * std::pow(10.0, i - 6) / (is_signed ? 1 << i : 2 << i);
 }
 
 std::vector<float> decoded(const QuantMap& map, const std::vector<std::uint8_t>& codes,
@@ -75,15 +91,14 @@ TEST_CASE("the 256 codes are the values of the dynamic map") {
 
 TEST_CASE("every code survives decoding and encoding, at every scale") {
   for (const QuantMap* map : {&kSignedMap, &kUnsignedMap}) {
-    for (const float scale : {1.0f, 0.3f, 1.7e-20f, 4.4e-38f, 2.9e38f}) {
+    for (const float scale : {1.0f, 0.3f, 1.7e-20f, kSmallestScale, 2.9e38f}) {
       CAPTURE(map->is_signed);
       CAPTURE(scale);
-      // One is the code that keeps the scale; at a small scale others leave fp32's normal range.
+      // One is the code that keeps the scale.
       const std::uint8_t one = map->is_signed ? 0x80 : 1;
       for (unsigned code = 0; code < 256; ++code) {
         const std::vector<std::uint8_t> codes = {one, static_cast<std::uint8_t>(code)};
         const std::vector<float> values = decoded(*map, codes, scale);
-        if (std::fabs(values[1]) < 1e-37f && values[1] != 0.0f) continue;
         std::vector<std::uint8_t> again(2);
         float scale_again = -1.0f;
         quantize_block(*map, values.data(), again.data(), &scale_again, 2);
@@ -94,27 +109,27 @@ TEST_CASE("every code survives decoding and encoding, at every scale") {
   }
 }
 
-TEST_CASE("the code is the nearest: no value of the map is closer") {
+TEST_CASE("the code is that of the cell, and wrong by half its width at most") {
   std::mt19937 random(1);
   for (const QuantMap* map : {&kSignedMap, &kUnsignedMap}) {
-    const std::vector<double> want = dynamic_map(map->is_signed);
-    std::vector<float> values = {1.0f};
-    // At and around every midpoint, and all over the decades.
-    for (std::size_t i = 0; i + 1 < want.size(); ++i) {
-      const auto middle = static_cast<float>(0.5 * (want[i] + want[i + 1]));
-      for (const float factor : {0.999f, 0.99999f, 1.0f, 1.00001f, 1.001f}) {
-        values.push_back(middle * factor);
+    const bool is_signed = map->is_signed;
+    std::vector<float> values;
+    // At and around every edge of a cell, and all over the decades.
+    for (int i = 0; i < 7; ++i) {
+      const int cells = is_signed ? 1 << i : 2 << i;
+      for (int j = 0; j <= cells; ++j) {
+        const double edge = std::pow(10.0, i - 6) * (0.1 + 0.9 * j / cells);
+        for (const double factor : {0.999, 0.99999, 1.0, 1.00001, 1.001}) {
+          values.push_back(static_cast<float>(std::min(1.0, edge * factor)));
+        }
       }
     }
-    std::uniform_real_distribution<double> exponent(-8.5, 0.0);
+    std::uniform_real_distribution<double> exponent(-12.0, 0.0);
     for (int i = 0; i < 20000; ++i) {
       const auto value = static_cast<float>(std::pow(10.0, exponent(random)));
-      values.push_back(map->is_signed && i % 2 == 0 ? -value : value);
+      values.push_back(is_signed && i % 2 == 0 ? -value : value);
     }
-    for (float& value : values) {
-      if (!map->is_signed) value = std::fabs(value);
-    }
-    for (std::size_t i = 1; i < values.size(); i += kQuantBlock - 1) {
+    for (std::size_t i = 0; i < values.size(); i += kQuantBlock - 1) {
       std::vector<float> block = {1.0f};  // so that the scale is one
       const std::size_t end = std::min(values.size(), i + kQuantBlock - 1);
       block.insert(block.end(), values.begin() + static_cast<std::ptrdiff_t>(i),
@@ -126,35 +141,35 @@ TEST_CASE("the code is the nearest: no value of the map is closer") {
       const std::vector<float> got = decoded(*map, codes, scale);
       for (std::size_t j = 0; j < block.size(); ++j) {
         CAPTURE(block[j]);
-        const double distance = std::fabs(static_cast<double>(got[j]) - block[j]);
-        CHECK(distance <= nearest_distance(want, block[j]) + 1e-6 * std::fabs(block[j]));
+        CAPTURE(is_signed);
+        const double y = std::fabs(block[j]), value = std::fabs(got[j]);
+        // Beside an edge either cell, which are as good.
+        const double centre = cell_centre(is_signed, y);
+        const double below = cell_centre(is_signed, y * (1.0 - 2e-5));
+        const double above = cell_centre(is_signed, y * (1.0 + 2e-5));
+        const auto near = [value](double c) { return std::fabs(value - c) <= 1e-6 * c; };
+        // There is no code for minus one.
+        const bool last = is_signed && block[j] < 0.0f && centre == 1.0;
+        CHECK((last || near(centre) || near(below) || near(above)));
+        CHECK(std::signbit(got[j]) == (std::signbit(block[j]) && got[j] != 0.0f));
+        CHECK(std::fabs(value - y) <= 1.001 * most_error(is_signed, y * (1.0 + 2e-5)) + 1e-5 * y);
       }
     }
   }
 }
 
-TEST_CASE("the error is at most half a cell of the decade") {
-  std::mt19937 random(2);
-  std::normal_distribution<float> normal;
-  for (int round = 0; round < 100; ++round) {
-    std::vector<float> values(kQuantBlock);
-    for (float& value : values) value = 1e-3f * normal(random);
+TEST_CASE("an unsigned element that is not zero does not become zero") {
+  for (const float scale : {1.0f, 3e-9f, 0x1p-80f, 1e30f}) {
+    const std::vector<float> values = {scale, scale * 0x1p-25f, scale * 0x1p-50f, 0.0f};
     std::vector<std::uint8_t> codes(values.size());
-    float scale = 0.0f;
-    quantize_block(kSignedMap, values.data(), codes.data(), &scale, values.size());
-    const std::vector<float> got = decoded(kSignedMap, codes, scale);
-    for (std::size_t i = 0; i < values.size(); ++i) {
-      const float y = std::fabs(values[i]) / scale;
-      // In the first decade below the scale cells are 0.9 / 64 wide, in the next 0.09 / 32.
-      const float bound = y > 0.1f ? 0.45f / 64 : y > 0.01f ? 0.045f / 32 : 0.0045f / 16 + 1e-6f;
-      // Beside a decade's edge the cell reaches as far as to the midpoint of the two neighbours.
-      CHECK(std::fabs(got[i] - values[i]) <= 2.0f * bound * scale);
-      if (y > 0.11f) CHECK(std::fabs(got[i] - values[i]) <= 1.0001f * bound * scale);
-    }
+    float got = 0.0f;
+    quantize_block(kUnsignedMap, values.data(), codes.data(), &got, values.size());
+    CHECK(got == scale);
+    CHECK(codes == std::vector<std::uint8_t>{1, 2, 2, 0});
   }
 }
 
-TEST_CASE("blocks of zeros, of too small numbers and with what is not finite") {
+TEST_CASE("blocks of zeros, of very small numbers and with what is not finite") {
   const float inf = std::numeric_limits<float>::infinity();
   const float nan = std::numeric_limits<float>::quiet_NaN();
   for (const QuantMap* map : {&kSignedMap, &kUnsignedMap}) {
@@ -166,8 +181,14 @@ TEST_CASE("blocks of zeros, of too small numbers and with what is not finite") {
     float scale = -1.0f;
     CHECK(quantized({0.0f, -0.0f}, &scale) == std::vector<std::uint8_t>{0, 0});
     CHECK(scale == 0.0f);
-    CHECK(quantized({1e-39f, 0.0f}, &scale) == std::vector<std::uint8_t>{0, 0});
-    CHECK(scale == 0.0f);
+    // Relative to the smallest scale: too small for the signed map, and not zero in the other.
+    const std::uint8_t least = map->is_signed ? 0 : 2;
+    CHECK(quantized({0x1p-110f, 0.0f}, &scale) == std::vector<std::uint8_t>{least, 0});
+    CHECK(scale == kSmallestScale);
+    CHECK(quantized({1e-44f, 0.0f}, &scale) == std::vector<std::uint8_t>{0, 0});
+    CHECK(scale == kSmallestScale);
+    const std::uint8_t one = map->is_signed ? 0x80 : 1;
+    CHECK(quantized({kSmallestScale}, &scale) == std::vector<std::uint8_t>{one});
     for (const float bad : {inf, -inf, nan, -nan}) {
       CHECK(quantized({1.0f, bad, 2.0f}, &scale) == std::vector<std::uint8_t>{0, 0, 0});
       CHECK(std::isnan(scale));
