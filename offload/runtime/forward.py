@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -35,10 +36,14 @@ class ForwardHooks:
         self._on_reset = on_reset
         self._pushed: list[bool] = []
         self._open: list[nn.Module] = []
+        self._units: dict[nn.Module, list[Unit]] = {}
+        self.on_pass: Callable[[], None] = _nothing
+        """Called when an outermost forward begins."""
         self.handles: list[RemovableHandle] = []
 
     def add(self, module: nn.Module, units: list[Unit]) -> None:
         """Fetch `units` whenever `module` runs."""
+        self._units[module] = units
 
         def enter(module: nn.Module, args: Any) -> None:
             with self._context.lock:
@@ -51,12 +56,24 @@ class ForwardHooks:
         self.handles.append(module.register_forward_pre_hook(enter, prepend=True))
         self.handles.append(module.register_forward_hook(leave, always_call=True))
 
+    @contextmanager
+    def running(self, module: nn.Module) -> Iterator[None]:
+        """Have within a block what `module` has when it runs, without calling it."""
+        with self._context.lock:
+            self._enter(module, self._units.get(module, []))
+        try:
+            yield
+        finally:
+            with self._context.lock:
+                self._leave(module)
+
     def _enter(self, module: nn.Module, units: list[Unit]) -> None:
         context = self._context
         if self._is_stale(module):
             self.reset()
         if not self._open and torch._C._current_graph_task_id() == -1:
             context.prefetcher.trace.begin_pass()
+            self.on_pass()
         scope: list[Unit] = []
         context.scopes.append(scope)
         self._open.append(module)
@@ -94,3 +111,7 @@ class ForwardHooks:
             within = any(module is child for child in self._open[-1].modules())
             return module is self._open[0] or not within
         return bool(self._context.in_backward)
+
+
+def _nothing() -> None:
+    pass

@@ -3,7 +3,8 @@
 Within the forward of a wrapped model every tensor that autograd saves and that lies in a parameter
 slab (a weight, a view such as ``weight.t()``) is replaced by a reference (parameter, offset, shape,
 stride); the backward fetches its unit again. Other tensors pass through to the hooks that were
-active before, such as those of activation checkpointing, or are kept as they are.
+active before, such as those of activation checkpointing. Where there are none, they are activations
+of the model: moved, if the policy wants that, or kept as they are.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ from typing import Any
 
 import torch
 
+from offload.errors import OffloadError
+from offload.runtime.activations import Activations
+from offload.tiers.activation_home import Handle
 from offload.tiers.context import RuntimeContext
 from offload.tiers.unit import OffloadedParam
 
@@ -29,9 +33,14 @@ def active_hooks() -> tuple[Pack, Unpack] | None:
     activation checkpointing around a unit. Results are the same, its activations are kept.
     """
     top: Callable[[bool], tuple[Pack, Unpack] | None] | None = getattr(
-        torch._C._autograd, "_top_saved_tensors_default_hooks", None
+        torch._C._autograd, _TOP_HOOKS, None
     )
     return top(True) if top is not None else None
+
+
+def active_hooks_are_known() -> bool:
+    """Whether this torch tells which hooks are active."""
+    return hasattr(torch._C._autograd, _TOP_HOOKS)
 
 
 @dataclass(frozen=True)
@@ -59,10 +68,19 @@ class _Outer:
 class SavedTensorHooks:
     """The hooks of one wrapped model."""
 
-    def __init__(self, context: RuntimeContext, on_backward: Callable[[], None]) -> None:
-        """`on_backward` is called when a backward pass needs something of the model."""
+    def __init__(
+        self,
+        context: RuntimeContext,
+        on_backward: Callable[[], None],
+        activations: Activations | None = None,
+    ) -> None:
+        """`on_backward` is called when a backward pass needs something of the model.
+
+        `activations`: moves what the model saves; None: autograd keeps it.
+        """
         self._context = context
         self._on_backward = on_backward
+        self._activations = activations
         self._marker = object()
 
     def push(self) -> bool:
@@ -80,16 +98,28 @@ class SavedTensorHooks:
                 return reference
             if outer_pack is not None and outer_unpack is not None:
                 return _Outer(outer_pack(tensor), outer_unpack)
+            moved = self._activations.save(tensor) if self._activations is not None else None
+            if moved is not None:
+                return moved
             # Detached: an output that keeps itself alive through its own node would never be freed.
             return _Kept(tensor.detach(), tensor._version)
 
         pack.marker = self._marker  # type: ignore[attr-defined]
+        pack.passes_on = outer_pack is not None  # type: ignore[attr-defined]
         torch._C._autograd._push_saved_tensors_default_hooks(pack, self._unpack)
         return True
 
     def pop(self) -> None:
         """Deactivate what the last push() that returned True activated."""
         torch._C._autograd._pop_saved_tensors_default_hooks()
+
+    @property
+    def passes_on(self) -> bool:
+        """Whether other hooks than these decide what becomes of activations at the moment."""
+        top = active_hooks()
+        if top is None:
+            return False
+        return getattr(top[0], "marker", None) is not self._marker or top[0].passes_on  # type: ignore[attr-defined]
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -127,7 +157,14 @@ class SavedTensorHooks:
             return packed.tensor
         if isinstance(packed, _Outer):
             return packed.unpack(packed.packed)
+        if isinstance(packed, Handle):
+            return self._load(packed)
         return self._fetch(packed)
+
+    def _load(self, handle: Handle) -> torch.Tensor:
+        if self._activations is None:
+            raise OffloadError("an activation was moved by nobody (internal error)")
+        return self._activations.load(handle)
 
     def _fetch(self, reference: _SlabReference) -> torch.Tensor:
         unit = reference.param.unit
@@ -148,4 +185,5 @@ class SavedTensorHooks:
             return whole.as_strided(reference.shape, reference.stride, reference.offset)
 
 
+_TOP_HOOKS = "_top_saved_tensors_default_hooks"
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
