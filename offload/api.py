@@ -139,7 +139,7 @@ def report(model: nn.Module) -> Report:
         plan=context.plan,
         params=params,
         counters=runtime.counters(),
-        stall_seconds=dict(context.mover.stall_seconds),
+        stall_seconds=runtime.stall_seconds(),
         notes=runtime.notes(),
         uses=None if uses is None else tuple((u.unit, u.phase is Phase.BACKWARD) for u in uses),
         lazy=context.policy.lazy_step,

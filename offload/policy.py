@@ -21,6 +21,8 @@ _UNITS = {
     "GIB": 2**30,
     "TIB": 2**40,
 }
+ACTIVATIONS = ("keep", "host", "disk", "recompute", "auto")
+"""What ``Policy.activations`` may be."""
 _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*")
 
 
@@ -57,8 +59,9 @@ class Budget:
     """Hard limits on what the runtime holds in each tier.
 
     Attributes:
-        host: bytes of RAM for parameters, gradients, optimizer state and staging, as an int or a
-            string such as "20GiB".
+        host: bytes of RAM for parameters, gradients, optimizer state, staging and the activations
+            that the runtime holds, as an int or a string such as "20GiB". Activations that autograd
+            keeps are not part of it.
         disk: bytes of the swap directory; None: what the filesystem has.
         device: bytes of GPU memory; refused while ``Policy.device`` is "cpu", where the device is
             the host.
@@ -114,6 +117,18 @@ class Policy:
         lazy_step: let ``offload.AdamW.step()`` return at once, the update of each unit being done
             in the background before that unit is next used. False: ``step()`` returns when all
             is updated. The results are the same bits.
+        activations: what becomes of the tensors that autograd saves between the forward and the
+            backward (`docs/activations.md`). "keep": autograd keeps them, outside of every
+            budget. "host": they are moved to ``activation_bytes`` of the host budget, and what does
+            not fit goes on to disk, or is refused without a swap directory; on the CPU, where the
+            device's memory is the host's, that counts and bounds them and saves no memory. "disk":
+            they are written to disk as they come, but for what ``activation_bytes`` will still
+            hold when the backward begins, and are read back ahead of it. "recompute": each block
+            keeps only its inputs, treated as with "disk", and runs again in the backward. "auto":
+            as "disk", and of the blocks as many are recomputed as make a step fastest, by what
+            the first steps took and the measured rates of the disk.
+        activation_bytes: the part of the host budget for activations. None: half of it with
+            "host", a quarter otherwise, or less where the model needs the rest.
         debug: overwrite with NaN whatever memory is given up, so that a use after release shows.
     """
 
@@ -128,6 +143,8 @@ class Policy:
     calibrate_disk: bool = True
     encrypt_swap: bool = False
     lazy_step: bool = True
+    activations: str = "keep"
+    activation_bytes: int | str | None = None
     debug: bool = False
 
     def __post_init__(self) -> None:
@@ -163,6 +180,37 @@ class Policy:
             raise PolicyError(f"Policy(units={self.units!r}): expected a list of module names")
         if self.max_unit_bytes is not None:
             parse_bytes(self.max_unit_bytes, "Policy(max_unit_bytes=...)")
+        self._check_activations()
+
+    def _check_activations(self) -> None:
+        if self.activations not in ACTIVATIONS:
+            raise PolicyError(
+                f"Policy(activations={self.activations!r}): expected one of "
+                f"{', '.join(ACTIVATIONS)}"
+            )
+        if self.activations == "disk" and not self.swap_dirs:
+            raise PolicyError(
+                'Policy(activations="disk") needs a directory on the disk to spill to: give '
+                "Policy(swap_dir=...)"
+            )
+        if self.activation_bytes is None:
+            return
+        if self.activations == "keep":
+            raise PolicyError(
+                'Policy(activation_bytes=...) has no meaning with activations="keep": autograd '
+                "keeps them, and nothing bounds them"
+            )
+        nbytes = parse_bytes(self.activation_bytes, "Policy(activation_bytes=...)")
+        if not 0 < nbytes < self.budget.host_bytes:
+            raise PolicyError(
+                f"Policy(activation_bytes={self.activation_bytes!r}): expected more than 0 and "
+                f"less than the host budget it is a part of, {self.budget.host_bytes} bytes"
+            )
+
+    @property
+    def moves_activations(self) -> bool:
+        """Whether anything is done about activations."""
+        return self.activations != "keep"
 
     @property
     def swap_dirs(self) -> tuple[str, ...]:

@@ -1,16 +1,28 @@
 """The planner: from units and budgets to an immutable plan. Pure functions, no torch."""
 
+from offload.planner.activations import (
+    BlockCost,
+    Choice,
+    Rates,
+    activation_share,
+    choose_treatment,
+)
 from offload.planner.placement import SMALL_BYTES, place, smallest_budget
 from offload.planner.spec import DiskSpec, Placement, Plan, Traffic, UnitSpec
 from offload.planner.traffic import step_traffic
 
 __all__ = [
     "SMALL_BYTES",
+    "BlockCost",
+    "Choice",
     "DiskSpec",
     "Placement",
     "Plan",
+    "Rates",
     "Traffic",
     "UnitSpec",
+    "activation_share",
+    "choose_treatment",
     "place",
     "smallest_budget",
     "step_traffic",

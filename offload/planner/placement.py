@@ -40,31 +40,44 @@ def smallest_budget(units: Sequence[UnitSpec], disk: DiskSpec | None) -> int:
     return min(everything, _kept_bytes(units) + scales + staging + _least_ring(spillable))
 
 
-def place(units: Sequence[UnitSpec], budget_bytes: int, disk: DiskSpec | None) -> Plan:
+def place(
+    units: Sequence[UnitSpec],
+    budget_bytes: int,
+    disk: DiskSpec | None,
+    activation_bytes: int = 0,
+) -> Plan:
     """Return the plan for `units` within `budget_bytes` of host memory, spilling to `disk`.
+
+    Args:
+        units: all units of the model.
+        budget_bytes: of host memory, for everything.
+        disk: what to spill to; None: nothing may be spilled.
+        activation_bytes: the part of the budget that is for activations.
 
     Raises:
         BudgetError: the budget is too small; the message names the smallest that would do.
     """
-    least = smallest_budget(units, disk)
+    least = smallest_budget(units, disk) + activation_bytes
     if budget_bytes < least:
         hint = "" if disk is not None else " without a swap directory (Policy(swap_dir=...))"
         raise BudgetError(
             f"Budget(host={budget_bytes}) is too small for this model{hint}: the smallest host "
             f"budget that would do is {least} bytes ({least / 2**20:.1f} MiB)"
+            + (f", {activation_bytes} of them for activations" if activation_bytes else "")
         )
-    if disk is None or budget_bytes >= _everything(units):
+    values_bytes = budget_bytes - activation_bytes
+    if disk is None or values_bytes >= _everything(units):
         pinned = tuple(Placement(u, True, True, True) for u in units)
-        return Plan(budget_bytes, 0, 0, 0, pinned)
+        return Plan(budget_bytes, 0, 0, 0, pinned, activation_bytes=activation_bytes)
 
     block_bytes = disk.block_bytes
     staging_blocks = min(
-        _MOST_STAGING_BLOCKS, max(LEAST_STAGING_BLOCKS, budget_bytes // 32 // block_bytes)
+        _MOST_STAGING_BLOCKS, max(LEAST_STAGING_BLOCKS, values_bytes // 32 // block_bytes)
     )
     flat = [u for u in units if not _is_kept(u)]
     values = sum(u.param_bytes + u.grad_bytes for u in flat)
     scales = sum(u.scale_bytes for u in units)
-    room = budget_bytes - disk.store_bytes - _kept_bytes(units) - scales
+    room = values_bytes - disk.store_bytes - _kept_bytes(units) - scales
     left = room - staging_blocks * block_bytes
     if left < _least_ring(flat):
         staging_blocks = LEAST_STAGING_BLOCKS
@@ -98,6 +111,7 @@ def place(units: Sequence[UnitSpec], budget_bytes: int, disk: DiskSpec | None) -
         ring + left,
         tuple(placements),
         scales,
+        activation_bytes,
     )
 
 

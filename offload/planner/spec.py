@@ -98,6 +98,7 @@ class Plan:
         placements: one per unit.
         scale_bytes: host memory for the scales of int8 states, whose states may be on disk. With
             other states it is room for state.
+        activation_bytes: host memory that activations pass through, or stay in.
     """
 
     budget_bytes: int
@@ -106,6 +107,7 @@ class Plan:
     ring_bytes: int
     placements: tuple[Placement, ...]
     scale_bytes: int = 0
+    activation_bytes: int = 0
 
     def host_bytes(self) -> dict[str, int]:
         """Bytes that stay in host memory, by kind."""
@@ -114,21 +116,24 @@ class Plan:
             "gradients": sum(p.unit.grad_bytes for p in self.placements if p.pin_grads),
             "optimizer state": sum(p.unit.state_bytes for p in self.placements if p.pin_state),
             "staging": self.staging_bytes + self.store_bytes + self.ring_bytes + self.scale_bytes,
+            "activations": self.activation_bytes,
         }
 
     def disk_bytes(self) -> dict[str, int]:
-        """Bytes whose home is the disk, by kind."""
+        """Bytes whose home is the disk, by kind; of activations nothing is planned."""
         return {
             "parameters": sum(p.unit.param_bytes for p in self.placements if not p.pin_params),
             "gradients": sum(p.unit.grad_bytes for p in self.placements if not p.pin_grads),
             "optimizer state": sum(p.unit.state_bytes for p in self.placements if not p.pin_state),
             "staging": 0,
+            "activations": 0,
         }
 
     @property
     def pinned_bytes(self) -> int:
         """Slabs that stay for good, and the update's staging."""
-        return sum(self.host_bytes().values()) - self.ring_bytes - self.store_bytes
+        passing = self.ring_bytes + self.store_bytes + self.activation_bytes
+        return sum(self.host_bytes().values()) - passing
 
     @property
     def free_bytes(self) -> int:

@@ -43,6 +43,7 @@ class Report:
     def step_traffic(self, micro_batches: int = 1) -> Traffic:
         """Return the bytes that a step moves between host and disk, once it repeats itself.
 
+        Those of activations are not in it: the counters have them.
         Counted along the uses of the last forward and backward; before there was one, as if every
         unit were used once in each.
 
@@ -77,7 +78,7 @@ class Report:
             "state_bytes": sum(
                 row["host_bytes"] + row["disk_bytes"]
                 for row in self.plan_table()
-                if row["what"] != "staging"
+                if row["what"] not in ("staging", "activations")
             ),
             **self.counters,
             "stall_seconds": sum(self.stall_seconds.values()),
@@ -94,6 +95,16 @@ class Report:
             lines.append(f"{row['what']:<18}{host:>12.1f}{disk:>12.1f}")
         read, written = self.counters["disk_read_bytes"], self.counters["disk_write_bytes"]
         lines.append(f"disk: {read / 2**30:.2f} GiB read, {written / 2**30:.2f} GiB written")
+        saved = self.counters["activation_saved_bytes"]
+        if saved:
+            to_disk, back = (
+                self.counters["activation_write_bytes"],
+                self.counters["activation_read_bytes"],
+            )
+            lines.append(
+                f"activations: {saved / 2**30:.2f} GiB saved, {to_disk / 2**30:.2f} GiB written to "
+                f"disk, {back / 2**30:.2f} GiB read back"
+            )
         stalls = ", ".join(f"{what} {s:.2f} s" for what, s in sorted(self.stall_seconds.items()))
         lines.append(f"waited for: {stalls or 'nothing'}")
         lines.extend(self.notes)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -38,10 +39,14 @@ class ForwardHooks:
         self._trainer: threading.Thread | None = None
         self._outer: dict[nn.Module, set[nn.Module]] = {}
         """For each module those with hooks that contain it, itself among them."""
+        self._units: dict[nn.Module, list[Unit]] = {}
+        self.on_pass: Callable[[], None] = _nothing
+        """Called when an outermost forward begins."""
         self.handles: list[RemovableHandle] = []
 
     def add(self, module: nn.Module, units: list[Unit]) -> None:
         """Fetch `units` whenever `module` runs; what it touches beyond them is let go after it."""
+        self._units[module] = units
         for inner in module.modules():
             self._outer.setdefault(inner, set()).add(module)
 
@@ -56,6 +61,17 @@ class ForwardHooks:
         self.handles.append(module.register_forward_pre_hook(uncompiled(enter), prepend=True))
         self.handles.append(module.register_forward_hook(uncompiled(leave), always_call=True))
 
+    @contextmanager
+    def running(self, module: nn.Module) -> Iterator[None]:
+        """Have within a block what `module` has when it runs, without calling it."""
+        with self._context.lock:
+            self._enter(module, self._units.get(module, []))
+        try:
+            yield
+        finally:
+            with self._context.lock:
+                self._leave(module)
+
     def _enter(self, module: nn.Module, units: list[Unit]) -> None:
         context = self._context
         if self._is_stale(module):
@@ -64,6 +80,7 @@ class ForwardHooks:
             context.prefetcher.trace.begin_pass()
             if torch.is_grad_enabled():
                 self._trainer = threading.current_thread()
+            self.on_pass()
         scope = context.scopes.open(module)
         scope.hooks_pushed = self._saved.push()
         for unit in units:
@@ -102,3 +119,7 @@ class ForwardHooks:
         trainer = self._trainer
         mine = trainer is None or trainer is threading.current_thread() or not trainer.is_alive()
         return bool(self._context.in_backward) and mine
+
+
+def _nothing() -> None:
+    pass

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from offload import _native
-from offload.planner import DiskSpec, UnitSpec, place, smallest_budget
-from offload.policy import Policy
+from offload.planner import DiskSpec, UnitSpec, activation_share, place, smallest_budget
+from offload.policy import Policy, parse_bytes
+from offload.tiers.activation_home import ActivationHome
 from offload.tiers.context import RuntimeContext
 from offload.tiers.disk_profile import DiskProfile
 from offload.tiers.mover import Mover
+from offload.tiers.state_home import page_bytes
 from offload.tiers.swap_space import SwapSpace, profile_disks, store_memory
 from offload.tiers.update_staging import open_pipeline
 
@@ -27,9 +29,23 @@ class Resources:
         self.policy = policy
         self.profiles: tuple[DiskProfile, ...] = ()
         must_spill = policy.budget.host_bytes < smallest_budget(specs, None)
-        if must_spill:
+        if must_spill or policy.moves_activations:
             self.profiles = profile_disks(policy)
-        self.plan = place(specs, policy.budget.host_bytes, self._disk_spec())
+        disk = self._disk_spec()
+        self.plan = place(
+            specs, policy.budget.host_bytes, disk, self._activation_bytes(specs, disk)
+        )
+
+    def _activation_bytes(self, specs: Sequence[UnitSpec], disk: DiskSpec | None) -> int:
+        policy = self.policy
+        if not policy.moves_activations:
+            return 0
+        if policy.activation_bytes is not None:
+            nbytes = parse_bytes(policy.activation_bytes)
+        else:
+            least = smallest_budget(specs, disk)
+            nbytes = activation_share(policy.activations, policy.budget.host_bytes, least)
+        return page_bytes(nbytes)
 
     def _disk_spec(self) -> DiskSpec | None:
         policy = self.policy
@@ -49,9 +65,14 @@ class Resources:
             SwapSpaceError, SwapIOError: the swap directories cannot take what must be spilled.
             BudgetError: the system refuses the memory.
         """
-        space = SwapSpace(self.policy, self.profiles) if self.plan.spills else None
+        spills_activations = self.policy.moves_activations and bool(self.policy.swap_dirs)
+        needs_space = self.plan.spills or spills_activations
+        space = SwapSpace(self.policy, self.profiles) if needs_space else None
         try:
-            return self._fill_context(space)
+            context = self._fill_context(space if self.plan.spills else None)
+            if self.policy.moves_activations:
+                context.activations = self._activation_home(context, space)
+            return context
         except BaseException:
             if space is not None:
                 space.store.close()  # the exception may be kept, and the file with it
@@ -75,3 +96,15 @@ class Resources:
                     store.add_memory(arena)
         pipeline = open_pipeline(store, home, plan.staging_bytes)
         return RuntimeContext(policy, plan, Mover(home, ring, store), pipeline, space)
+
+    def _activation_home(self, context: RuntimeContext, space: SwapSpace | None) -> ActivationHome:
+        arena = _native.HostArena(self.plan.activation_bytes, self.policy.debug)
+        if space is not None:
+            space.store.add_memory(arena)
+        return ActivationHome(
+            arena,
+            space,
+            context.lock,
+            eager=self.policy.activations != "host",
+            owns_space=not self.plan.spills,
+        )

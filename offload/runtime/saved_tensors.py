@@ -3,7 +3,8 @@
 Within the forward of a wrapped model every tensor that autograd saves and that lies in a parameter
 slab (a weight, a view such as ``weight.t()``) is replaced by a reference (parameter, offset, shape,
 stride); the backward fetches its unit again. Other tensors pass through to the hooks that were
-active before, such as those of activation checkpointing, or are kept as they are.
+active before, such as those of activation checkpointing. Where there are none, they are activations
+of the model: moved, if the policy wants that, or kept as they are.
 
 Checkpointing counts what is saved in the forward and in the recomputation. So where it is active
 outside of a module's hooks, it sees of that module only what is not replaced, both times; where it
@@ -21,6 +22,9 @@ from typing import Any
 
 import torch
 
+from offload.errors import OffloadError
+from offload.runtime.activations import Activations
+from offload.tiers.activation_home import Handle
 from offload.tiers.context import RuntimeContext
 from offload.tiers.uncompiled import uncompiled
 from offload.tiers.unit import OffloadedParam
@@ -36,9 +40,14 @@ def active_hooks() -> tuple[Pack, Unpack] | None:
     activation checkpointing around a unit. Results are the same, its activations are kept.
     """
     top: Callable[[bool], tuple[Pack, Unpack] | None] | None = getattr(
-        torch._C._autograd, "_top_saved_tensors_default_hooks", None
+        torch._C._autograd, _TOP_HOOKS, None
     )
     return top(True) if top is not None else None
+
+
+def active_hooks_are_known() -> bool:
+    """Whether this torch tells which hooks are active."""
+    return hasattr(torch._C._autograd, _TOP_HOOKS)
 
 
 @dataclass(frozen=True)
@@ -66,9 +75,13 @@ class _Outer:
 class SavedTensorHooks:
     """The hooks of one wrapped model."""
 
-    def __init__(self, context: RuntimeContext) -> None:
-        """Hooks that replace what lies in the slabs of `context`."""
+    def __init__(self, context: RuntimeContext, activations: Activations | None = None) -> None:
+        """Hooks that replace what lies in the slabs of `context`.
+
+        `activations`: moves what the model saves; None: autograd keeps it.
+        """
         self._context = context
+        self._activations = activations
         self._marker = object()
         self._pack_hook = uncompiled(self._pack)
         self._unpack_hook = uncompiled(self._unpack)
@@ -86,12 +99,21 @@ class SavedTensorHooks:
             return False
         pack = partial(self._pack_hook, top, show)
         pack.marker = self._marker  # type: ignore[attr-defined]
+        pack.passes_on = top is not None  # type: ignore[attr-defined]
         torch._C._autograd._push_saved_tensors_default_hooks(pack, self._unpack_hook)
         return True
 
     def pop(self) -> None:
         """Deactivate what the last push() that returned True activated."""
         torch._C._autograd._pop_saved_tensors_default_hooks()
+
+    @property
+    def passes_on(self) -> bool:
+        """Whether other hooks than these decide what becomes of activations at the moment."""
+        top = active_hooks()
+        if top is None:
+            return False
+        return getattr(top[0], "marker", None) is not self._marker or top[0].passes_on  # type: ignore[attr-defined]
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -110,6 +132,9 @@ class SavedTensorHooks:
             return _Outer(pack(tensor if reference is None else tensor.detach()), unpack)
         if reference is not None:
             return reference
+        moved = self._activations.save(tensor) if self._activations is not None else None
+        if moved is not None:
+            return moved
         # Detached: an output that keeps itself alive through its own node would never be freed.
         return _Kept(tensor.detach(), tensor._version)
 
@@ -139,7 +164,14 @@ class SavedTensorHooks:
             return packed.tensor
         if isinstance(packed, _Outer):
             return packed.unpack(packed.packed)
+        if isinstance(packed, Handle):
+            return self._load(packed)
         return self._fetch(packed)
+
+    def _load(self, handle: Handle) -> torch.Tensor:
+        if self._activations is None:
+            raise OffloadError("an activation was moved by nobody (internal error)")
+        return self._activations.load(handle)
 
     def _fetch(self, reference: _SlabReference) -> torch.Tensor:
         unit = reference.param.unit
@@ -159,4 +191,5 @@ class SavedTensorHooks:
             return whole.as_strided(reference.shape, reference.stride, reference.offset)
 
 
+_TOP_HOOKS = "_top_saved_tensors_default_hooks"
 _PLAIN = (torch.Tensor, torch.nn.Parameter)

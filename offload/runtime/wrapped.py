@@ -12,12 +12,16 @@ from torch.utils.hooks import RemovableHandle
 from offload.errors import OffloadError, UnsupportedError
 from offload.planner import UnitSpec
 from offload.policy import Policy
+from offload.runtime.activation_choice import ActivationChoice
+from offload.runtime.activations import Activations
 from offload.runtime.backward import BackwardHooks
+from offload.runtime.block_forward import BlockForward
+from offload.runtime.blocks import find_blocks
 from offload.runtime.deferred import to_memory
 from offload.runtime.discover import Discovery, find_units
 from offload.runtime.forward import ForwardHooks
 from offload.runtime.resources import Resources
-from offload.runtime.saved_tensors import SavedTensorHooks
+from offload.runtime.saved_tensors import SavedTensorHooks, active_hooks_are_known
 from offload.runtime.state_dict import add_state_dict_hooks
 from offload.tiers.grad_handle import GradHandle
 from offload.tiers.spent_grad import SpentGrad
@@ -25,6 +29,9 @@ from offload.tiers.unit import OffloadedParam, SpilledParameter, Unit
 
 ATTRIBUTE = "_offload_wrapped"
 """Where a wrapped model keeps its WrappedModel."""
+
+_RECOMPUTE = ("recompute", "auto")
+"""Policies of activations that recompute blocks."""
 
 
 class WrappedModel:
@@ -38,13 +45,19 @@ class WrappedModel:
             SwapSpaceError, SwapIOError: the swap directory cannot take what must be spilled.
             UnsupportedError, PolicyError: see find_units.
         """
+        if policy.activations in _RECOMPUTE and not active_hooks_are_known():
+            raise UnsupportedError(
+                f'Policy(activations="{policy.activations}") needs torch 2.8 or newer, which '
+                'tells the active saved-tensor hooks; use activations="disk"'
+            )
         found = find_units(model, policy.units, policy.unit_limit)
         if not found.units:
             raise UnsupportedError("the model has no parameters: there is nothing to offload")
         self.model = model
         self._handles: list[RemovableHandle] = []
         units, specs = _lay_out(found)
-        self.context = Resources(policy, specs).open()
+        resources = Resources(policy, specs)
+        self.context = resources.open()
         try:
             for unit in units:
                 for param in unit.params:
@@ -54,13 +67,38 @@ class WrappedModel:
         except BaseException:
             self._restore()
             raise
-        self._saved = SavedTensorHooks(self.context)
+        home = self.context.activations
+        activations = Activations(model, home) if home is not None else None
+        self._saved = SavedTensorHooks(self.context, activations)
         self._backward = BackwardHooks(self.context)
         self.context.on_backward = self._backward.on_backward
         self._forward = ForwardHooks(self.context, self._saved, self._backward.reset)
         self.context.saved_hooks = self._saved.active
         self._add_hooks(found, units)
         to_memory(model.buffers())
+        self._blocks: list[BlockForward] = []
+        self._choice: ActivationChoice | None = None
+        if activations is not None:
+            self._treat_activations(activations, resources)
+
+    def _treat_activations(self, activations: Activations, resources: Resources) -> None:
+        """Have activations moved, and blocks recomputed as the policy wants."""
+        policy = self.context.policy
+        if policy.activations in _RECOMPUTE:
+            self._blocks = [
+                BlockForward(name, module, self._forward, self._saved)
+                for name, module in find_blocks(self.model, policy.units)
+            ]
+        choice = ActivationChoice(self.context, activations.home, self._blocks, resources.profiles)
+
+        def begin_pass() -> None:
+            activations.begin_pass()
+            choice.begin_pass()
+
+        self._choice = choice
+        self._forward.on_pass = begin_pass
+        for block in self._blocks:
+            block.install()
 
     def _add_hooks(self, found: Discovery, units: list[Unit]) -> None:
         by_param = {param.param: unit for unit in units for param in unit.params}
@@ -101,6 +139,8 @@ class WrappedModel:
                 param.param.grad = grad
         for handle in self._handles:
             handle.remove()
+        for block in self._blocks:
+            block.remove()
         for plain in self.model.parameters():
             if not plain._post_accumulate_grad_hooks:  # ours was the only one, if any
                 plain._post_accumulate_grad_hooks = None  # type: ignore[assignment]
@@ -127,8 +167,15 @@ class WrappedModel:
     def counters(self) -> dict[str, Any]:
         """Return cumulative counts of bytes (``*_bytes``) and events since wrap()."""
         context = self.context
-        arenas = [a.usage() for a in (context.mover.home, context.mover.ring) if a is not None]
-        disk = context.store.stats() if context.store is not None else {}
+        home = context.activations
+        movers = [context.mover]
+        if home is not None:
+            home.tidy()
+            movers.append(home.mover)
+        memories = {arena: None for m in movers for arena in (m.home, m.ring) if arena is not None}
+        arenas = [arena.usage() for arena in memories]
+        store = context.store or (home.store if home is not None else None)
+        disk = store.stats() if store is not None else {}
         update = context.pipeline.stats()
         return {
             "arena_budget_bytes": context.plan.budget_bytes,
@@ -144,12 +191,26 @@ class WrappedModel:
             "misses": context.mover.misses,
             "mispredicted": context.prefetcher.trace.mispredicted,
             "uses": context.prefetcher.trace.recorded,
+            "activation_saved_bytes": home.saved_bytes if home is not None else 0,
+            "activation_live_bytes": home.live_bytes if home is not None else 0,
+            "activation_write_bytes": home.mover.written_bytes if home is not None else 0,
+            "activation_read_bytes": home.mover.read_bytes if home is not None else 0,
         }
+
+    def stall_seconds(self) -> dict[str, float]:
+        """Return the seconds that the training thread waited, by cause."""
+        stalls = dict(self.context.mover.stall_seconds)
+        if self.context.activations is not None:
+            for why, seconds in self.context.activations.mover.stall_seconds.items():
+                stalls["room for activations" if why == "room" else why] = seconds
+        return stalls
 
     def notes(self) -> tuple[str, ...]:
         """Return which choices were made, and why."""
-        space = self.context.space
-        return space.notes() if space is not None else ()
+        home = self.context.activations
+        space = self.context.space or (home.space if home is not None else None)
+        notes = space.notes() if space is not None else ()
+        return (*notes, *(self._choice.notes() if self._choice is not None else ()))
 
 
 def _lay_out(found: Discovery) -> tuple[list[Unit], list[UnitSpec]]:

@@ -21,6 +21,7 @@ from offload import _native
 from offload.errors import OffloadError, SpilledTensorError, UnsupportedError
 from offload.planner import Plan
 from offload.policy import Policy
+from offload.tiers.activation_home import ActivationHome
 from offload.tiers.changed_values import refresh_masters
 from offload.tiers.grad_handle import GradHandle, GradState
 from offload.tiers.mover import Mover
@@ -44,6 +45,7 @@ class RuntimeContext:
         norm_orders: orders of gradient norms that the training loop has asked for.
         space: the swap space that its slabs on disk live in; None: nothing spills.
         state_home: StateHome.of_context() makes it.
+        activations: where saved activations are; None: autograd keeps them.
         reading_out: detach() of a spilled parameter returns a copy (state_dict is being made).
         saved_hooks: a context in which autograd saves no parameter that is about to be detached.
         on_backward: called when a backward needs something of the model.
@@ -63,6 +65,7 @@ class RuntimeContext:
         self.store = mover.store
         self.space = space
         self.state_home: StateHome | None = None
+        self.activations: ActivationHome | None = None
         self.pipeline = pipeline
         self.lock = threading.RLock()
         self.mover = mover
@@ -484,6 +487,8 @@ class RuntimeContext:
         self.closed = True
         if self.state_home is not None:
             self.state_home.close()
+        if self.activations is not None:
+            self.activations.close()
         self.pipeline.close()
         if self.store is not None:
             self.store.close()

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 
 from offload import _native
-from offload.errors import BudgetError, OffloadError
+from offload.errors import BudgetError, OffloadError, TransferCancelledError
 from offload.tiers.slab import Residency, Slab
 
 NEVER = 1 << 60
@@ -42,10 +42,16 @@ class Mover:
         self.store = store
         self.next_use: dict[Slab, int] = {}
         """Position of each slab's next use among the predicted uses; absent: beyond them."""
+        self.use_of: Callable[[Slab], int] = lambda slab: self.next_use.get(slab, NEVER)
+        """That position; an owner who can tell it without a record of each slab replaces this."""
         self.relieve: Callable[[], bool] = lambda: False
         """Waits for one background user of slabs to end; False when there is none."""
+        self.find_place: Callable[[Slab], int] | None = None
+        """Gives a slab its swap object when it is first written, if it was made without one."""
         self.stall_seconds: dict[str, float] = {}
         self.misses = 0
+        self.read_bytes = 0
+        self.written_bytes = 0
         self._process = os.getpid()
         self._spillable: dict[Slab, None] = {}  # unpinned slabs with memory, oldest first
         self._pending: dict[Slab, None] = {}  # slabs with a transfer in flight
@@ -111,10 +117,13 @@ class Mover:
         """Start writing a dirty slab; it stays in memory and is clean once that is done."""
         if slab.pinned or not slab.dirty or slab.pending is not None:
             return
+        if slab.swap_object is None and self.find_place is not None:
+            slab.swap_object = self.find_place(slab)
         if self.store is None or slab.swap_object is None or slab.lease is None:
             raise OffloadError(f"{slab.name} has no place on disk (internal error)")
         slab.pending = self.store.write(slab.swap_object, slab.lease, slab.nbytes)
         slab.pending_write = True
+        self.written_bytes += slab.nbytes
         self._pending[slab] = None
 
     def settle(self, slab: Slab) -> None:
@@ -206,7 +215,7 @@ class Mover:
                 continue
             if not slab.wanted:
                 return slab
-            use = self.next_use.get(slab, NEVER)
+            use = self.use_of(slab)
             if not slab.dirty and use > best_use:
                 best, best_use = slab, use
         return best
@@ -233,11 +242,13 @@ class Mover:
         return True
 
     def _send_dirty(self) -> bool:
-        """Start writing the dirty slab needed last; False when there is none."""
+        """Start writing the dirty slab needed last; False when there is none, or no disk."""
+        if self.store is None:
+            return False
         dirty = [s for s in self._spillable if s.dirty and not s.locks and s.pending is None]
         if not dirty:
             return False
-        self.write_back(max(dirty, key=lambda s: self.next_use.get(s, NEVER)))
+        self.write_back(max(dirty, key=self.use_of))
         return True
 
     def _no_room(self, slab: Slab) -> BudgetError:
@@ -261,6 +272,7 @@ class Mover:
             self._drop(slab)  # nothing was read
             raise
         slab.pending_write = False
+        self.read_bytes += slab.nbytes
         self._pending[slab] = None
 
     def _finish(self, slab: Slab, why: str | None = None) -> None:
@@ -273,11 +285,13 @@ class Mover:
         try:
             self.wait(transfer, why or slab.kind)
             interrupted = False
-        except OffloadError:
+        except OffloadError as error:
             interrupted = False
             if not was_write:
                 self._drop(slab)  # half-read bytes; the disk keeps its version
-            raise
+            if slab.wanted or not isinstance(error, TransferCancelledError):
+                raise
+            slab.residency = Residency.ABSENT  # cancelled when nobody wanted it any more
         finally:
             if not interrupted:  # Ctrl-C leaves the transfer in flight, and noted as such
                 slab.pending = None
@@ -285,6 +299,6 @@ class Mover:
         if was_write:
             slab.dirty = slab.changed_in_flight
             slab.pending_write = slab.changed_in_flight = False
-        else:
+        elif slab.lease is not None:
             slab.residency = Residency.HOST
             slab.dirty = False

@@ -1,0 +1,433 @@
+"""ActivationHome: tensors saved for the backward, in an arena of their own and on disk.
+
+Protocol of a saved range (bytes of one storage; its copy is one slab):
+ 1. save() finds a valid copy of the range, or takes memory of the arena and copies it there. Memory
+    that is needed for that is taken from the slabs saved longest ago, which are on disk by then.
+ 2. a slab starts on its way to disk at once, unless the arena will still hold it when the backward
+    begins: so many bytes were alive in the last pass, and the last ones of them fit. Before
+    anything is known, `eager` decides.
+ 3. load() returns a view of the slab's memory, reading it back if need be, and starts reads of
+    what was saved before it, as far as there is room: the backward goes in the reverse order.
+ 4. when the last handle to a range dies (its graph was freed, with or without a backward), its
+    memory and its place on disk are free for others.
+Slabs are moved by a Mover, so its protocol of memory holds: the arena is a hard limit.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from offload import _native
+from offload.errors import BudgetError, OffloadError
+from offload.tiers.activation_places import ActivationPlaces
+from offload.tiers.activation_range import byte_range, span
+from offload.tiers.mover import NEVER, Mover
+from offload.tiers.slab import Slab
+from offload.tiers.swap_space import SwapSpace
+
+_LOOKAHEAD = 64
+"""Saved ranges that are considered for reading ahead."""
+
+_SAME_OPERATION = 8
+"""An operation saves about so many ranges at the most. It needs them in the order in which it saved
+them, though the backward goes from operation to operation in the reverse order."""
+
+_SLACK = 4
+"""One part in so many of the arena is not counted on at the end of a forward: what is being read
+and used while the backward begins, and what cannot be used between slabs of different sizes."""
+
+_ALIGNMENT = 64
+"""A copy lies as its original does, modulo so many bytes: kernels may round by alignment."""
+
+
+class _SavedRange:
+    """One copy: its slab, and the bytes of which storage it holds, at which version."""
+
+    __slots__ = (
+        *("address", "begin", "claim", "end", "newer", "older", "sequence", "shift", "slab"),
+        *("storage", "version", "witness"),
+    )
+    slab: Slab
+    sequence: int
+    begin: int  # in bytes of the storage
+    end: int
+    shift: int  # where `begin` is in the slab
+    address: int  # of the storage's memory
+    storage: StorageWeakRef
+    witness: torch.Tensor  # shares the version counter of the original, not its memory
+    version: int
+    claim: weakref.ref[_Claim]
+    older: _SavedRange | None
+    newer: _SavedRange | None
+
+    def serves(self, storage: torch.UntypedStorage, begin: int, end: int) -> bool:
+        """Whether the copy has the current bytes [begin, end) of `storage`."""
+        return (
+            self.begin <= begin
+            and end <= self.end
+            and self.address == storage.data_ptr()
+            and self.witness._version == self.version
+        )
+
+
+class _Claim:
+    """What all handles to one range share; the range is freed when it dies."""
+
+    def __init__(self, home: ActivationHome, saved: _SavedRange) -> None:
+        self._home = home
+        self.saved = saved
+
+    def __del__(self) -> None:
+        self._home.discard(self.saved)
+
+
+@dataclass(frozen=True)
+class Handle:
+    """What autograd holds in place of a saved tensor."""
+
+    claim: _Claim
+    offset: int  # in bytes of the slab
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    witness: torch.Tensor
+    version: int
+
+    def check_version(self) -> None:
+        """Raise torch's RuntimeError when the original was changed in place since it was saved."""
+        if self.witness._version != self.version:
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an "
+                f"inplace operation: [{self.dtype} {list(self.shape)}] is at version "
+                f"{self.witness._version}; expected version {self.version} instead"
+            )
+
+    def view(self, lease: _native.Lease) -> torch.Tensor:
+        """Return the saved tensor over the memory of its slab."""
+        count = span(self.shape, self.stride)
+        flat = torch.frombuffer(lease, dtype=self.dtype, count=count, offset=self.offset)
+        return flat.as_strided(self.shape, self.stride)
+
+
+class ActivationHome:
+    """Holds activations within an arena, and on disk if there is one.
+
+    Attributes:
+        mover: moves their slabs; it has the bytes read and written, and the seconds waited for.
+        saved_bytes: that were copied here so far; what was shared is counted once.
+        live_bytes: that handles refer to at the moment.
+        space: the swap space they may live in; None: there is none.
+        closed: nothing can be saved or loaded any more.
+    """
+
+    def __init__(
+        self,
+        arena: _native.HostArena,
+        space: SwapSpace | None,
+        lock: threading.RLock,
+        *,
+        eager: bool,
+        owns_space: bool,
+    ) -> None:
+        """Hold activations in `arena` and in `space`.
+
+        Args:
+            arena: used by nobody else.
+            space: None: nothing can live on disk.
+            lock: held around every operation.
+            eager: write what is saved before it is known whether the arena can hold it.
+            owns_space: close() closes it.
+        """
+        store = space.store if space is not None else None
+        self.mover = Mover(arena, arena, store)
+        self.arena_bytes = arena.usage()["budget"]
+        self.saved_bytes = 0
+        self.live_bytes = 0
+        self.closed = False
+        self._lock = lock
+        self._eager = eager
+        self.space = space
+        self._owns_space = owns_space
+        self._places = ActivationPlaces(space) if space is not None else None
+        if self._places is not None:
+            self.mover.find_place = self._find_place
+        self.mover.use_of = self._use_of
+        self._now = 0  # the sequence number of what was saved or loaded last
+        self._sequences: dict[Slab, int] = {}
+        self._newest: _SavedRange | None = None
+        self._by_storage: dict[int, list[_SavedRange]] = {}
+        self._discarded: list[_SavedRange] = []
+        self._operations = 0  # under way; finalizers then leave everything alone
+        self._sequence = 0
+        self._peaks = (0, 0)  # bytes alive when the last two backwards began
+        self._saving = False
+
+    # -- what the hooks call --------------------------------------------------------------------
+
+    def save(self, tensor: torch.Tensor) -> Handle | None:
+        """Return what stands for `tensor`, a dense one on the CPU; None: it is left alone.
+
+        Raises:
+            BudgetError: it does not fit, and there is no disk or it is larger than the arena.
+            SwapSpaceError, SwapIOError: the disk is full, or an earlier write failed.
+        """
+        extent = byte_range(tensor)
+        if extent is None:
+            return None
+        begin, end = extent
+        storage = tensor.untyped_storage()
+        with self._operation():
+            claim = self._shared(storage, begin, end)
+            if claim is None:
+                claim = self._copy(tensor, storage, begin, end)
+            saved = claim.saved
+            offset = int(tensor.storage_offset()) * tensor.itemsize - saved.begin + saved.shift
+        return Handle(
+            claim,
+            offset,
+            tuple(tensor.shape),
+            tensor.stride(),
+            tensor.dtype,
+            _witness(tensor),
+            tensor._version,
+        )
+
+    def load(self, handle: Handle) -> torch.Tensor:
+        """Return the saved tensor; its memory is the arena's until the tensor is gone.
+
+        Raises:
+            RuntimeError: the original was changed in place since.
+            BudgetError: what the backward uses at this moment leaves no room for it.
+            SwapIOError, CorruptionError: it was not written, or cannot be read back.
+        """
+        handle.check_version()
+        with self._operation():
+            saved = handle.claim.saved
+            self._now = saved.sequence
+            if self._saving:
+                self._saving = False
+                self._peaks = (self._peaks[1], self.live_bytes)
+            with self._budget_hint():
+                self.mover.fetch(saved.slab)
+            if saved.slab.lease is None:
+                raise OffloadError(f"{saved.slab.name} is not in memory (internal error)")
+            tensor = handle.view(saved.slab.lease)
+            self._read_ahead(saved)
+        return tensor
+
+    def discard(self, saved: _SavedRange) -> None:
+        """Free a range nobody needs any more; now, or if that cannot be, in the next operation.
+
+        Finalizers call this, at any moment and in any thread: it neither waits nor raises.
+        """
+        saved.slab.live = _nobody
+        pending = saved.slab.pending
+        if pending is not None:
+            pending.cancel()
+        self._discarded.append(saved)
+        if self._operations == 0 and self._lock.acquire(blocking=False):
+            try:
+                if self._operations == 0:
+                    self._operations += 1
+                    try:
+                        self._free_discarded(idle_only=True)
+                    finally:
+                        self._operations -= 1
+            finally:
+                self._lock.release()
+
+    def tidy(self) -> None:
+        """Free all that was discarded."""
+        if not self.closed:
+            with self._operation():
+                pass
+
+    def close(self) -> None:
+        """Give everything back. Idempotent."""
+        if self.closed:
+            return
+        with self._lock:
+            self.closed = True
+            if self._owns_space and self.space is not None:
+                self.space.store.close()
+
+    @property
+    def store(self) -> _native.SwapStore | None:
+        """Where they are when they are not in memory."""
+        return self.mover.store
+
+    # -- saving ---------------------------------------------------------------------------------
+
+    def _shared(self, storage: torch.UntypedStorage, begin: int, end: int) -> _Claim | None:
+        # The weak references keep the key from being used for another storage.
+        for saved in self._by_storage.get(storage._cdata, ()):
+            claim = saved.claim()
+            if claim is not None and saved.serves(storage, begin, end):
+                return claim
+        return None
+
+    def _copy(
+        self, tensor: torch.Tensor, storage: torch.UntypedStorage, begin: int, end: int
+    ) -> _Claim:
+        saved = _SavedRange()
+        saved.shift = (storage.data_ptr() + begin) % _ALIGNMENT
+        nbytes = end - begin + saved.shift
+        name = f"an activation ({tensor.dtype} {list(tensor.shape)})"
+        if nbytes > self.arena_bytes:
+            raise BudgetError(
+                f"no room for {name}: {nbytes} bytes are needed, of {self.arena_bytes} for "
+                "activations; raise Policy(activation_bytes=...)"
+            )
+        saved.slab = Slab(name, "activations", nbytes, False, None)
+        with self._budget_hint():
+            self.mover.hold_new(saved.slab)
+        whole = saved.slab.view(0, (nbytes,), (1,), torch.uint8)
+        source = torch.empty(0, dtype=torch.uint8).set_(storage, begin, (end - begin,), (1,))
+        whole[saved.shift :].copy_(source)
+        self._sequence += 1
+        saved.sequence = self._sequence
+        saved.begin, saved.end, saved.address = begin, end, storage.data_ptr()
+        saved.storage = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
+        saved.witness, saved.version = _witness(tensor), tensor._version
+        claim = _Claim(self, saved)
+        saved.claim = weakref.ref(claim)
+        self._link(saved)
+        if self._must_write():
+            self.mover.write_back(saved.slab)
+        self.live_bytes += nbytes
+        self.saved_bytes += nbytes
+        return claim
+
+    def _link(self, saved: _SavedRange) -> None:
+        saved.older, saved.newer = self._newest, None
+        if self._newest is not None:
+            self._newest.newer = saved
+        self._newest = saved
+        self._by_storage.setdefault(saved.storage.cdata, []).append(saved)
+        self._sequences[saved.slab] = self._now = saved.sequence
+        self._saving = True
+
+    def _must_write(self) -> bool:
+        """Whether the range being saved will have to leave memory before it is needed."""
+        if self.mover.store is None:
+            return False
+        peak = max(self._peaks)
+        if peak == 0:
+            return self._eager
+        return peak - self.live_bytes > self.arena_bytes - self.arena_bytes // _SLACK
+
+    def _find_place(self, slab: Slab) -> int:
+        if self._places is None:
+            raise OffloadError(f"{slab.name} has no place on disk (internal error)")
+        return self._places.take(slab.nbytes)
+
+    def _use_of(self, slab: Slab) -> int:
+        """When a slab is needed: what was saved before `_now` in the reverse order, then others.
+
+        What was saved shortly after it may belong to the same operation, and is needed at once.
+        """
+        sequence = self._sequences.get(slab)
+        if sequence is None:
+            return NEVER
+        later = sequence - self._now
+        if later <= 0:
+            return -later
+        return 0 if later <= _SAME_OPERATION else NEVER - sequence
+
+    # -- loading --------------------------------------------------------------------------------
+
+    def _read_ahead(self, saved: _SavedRange) -> None:
+        older = saved.older
+        for _ in range(_LOOKAHEAD):
+            if older is None:
+                return
+            if older.slab.wanted:
+                use = saved.sequence - older.sequence
+                if not self.mover.prefetch(older.slab, use):
+                    return
+            older = older.older
+
+    # -- freeing --------------------------------------------------------------------------------
+
+    def _free_discarded(self, idle_only: bool) -> None:
+        """Free what was discarded; with `idle_only`, what has no transfer in flight."""
+        busy = []
+        try:
+            while self._discarded:
+                saved = self._discarded.pop()
+                pending = saved.slab.pending
+                if pending is not None and (idle_only or not pending.done()):
+                    busy.append(saved)
+                else:
+                    self._free(saved)
+        finally:
+            self._discarded += busy
+
+    def _free(self, saved: _SavedRange) -> None:
+        if saved.newer is not None:
+            saved.newer.older = saved.older
+        if saved.older is not None:
+            saved.older.newer = saved.newer
+        if self._newest is saved:
+            self._newest = saved.older
+        saved.older = saved.newer = None
+        ranges = self._by_storage[saved.storage.cdata]
+        ranges.remove(saved)
+        if not ranges:
+            del self._by_storage[saved.storage.cdata]
+        del self._sequences[saved.slab]
+        slab = saved.slab
+        self.live_bytes -= slab.nbytes
+        try:
+            self.mover.settle(slab)
+        finally:
+            self.mover.forget(slab)
+            if slab.swap_object is not None and self._places is not None:
+                self._places.give_back(slab.swap_object, slab.nbytes)
+
+    @contextmanager
+    def _operation(self) -> Iterator[None]:
+        with self._lock:
+            if self.closed:
+                raise OffloadError(
+                    "the model was unwrapped between this forward and its backward, and its saved "
+                    "activations went with that; run the backward before offload.unwrap()"
+                )
+            self._operations += 1
+            try:
+                self._free_discarded(idle_only=False)
+                yield
+            finally:
+                self._operations -= 1
+
+    @contextmanager
+    def _budget_hint(self) -> Iterator[None]:
+        try:
+            yield
+        except BudgetError as error:
+            what = "Policy(activation_bytes=...)"
+            if self.mover.store is None:
+                what += ", or give Policy(swap_dir=...)"
+            raise BudgetError(f"{error}; for activations that is {what}") from error
+
+
+def _witness(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor with the version counter of `tensor` and without its memory."""
+    witness = tensor.detach()
+    witness.data = _NOTHING
+    return witness
+
+
+def _nobody() -> bool:
+    return False
+
+
+_NOTHING: Any = torch.empty(0)
