@@ -25,6 +25,10 @@ from common import Bar, add_common_options, finish, print_rows, raw_disk_rate
 SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "train_gpt.py"
 CAPS = {"tiny": "512MiB", "124m": "1GiB", "350m": "2GiB"}
 STEP_RATIO = 1.25
+OPTIMIZER_SHARE = 0.01
+"""Of a step's time, inside optimizer.step(): the update runs later, under the next forward."""
+TRAFFIC_ERROR = 0.02
+"""Of the bytes that a step moves, against what Report.step_traffic says it will."""
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -80,6 +84,20 @@ def row_of(name: str, run: dict[str, Any], drop: int) -> dict[str, Any]:
         "stall_pct": 100 * run["stall_fraction"],
         "disk_mb_per_s": None,
     }
+
+
+def optimizer_share(runs: list[dict[str, Any]], drop: int) -> float:
+    """The share of the steps' time that was spent inside optimizer.step()."""
+    stepping: float = sum(s for run in runs for s in run["optimizer_seconds"][drop:])
+    total: float = sum(s for run in runs for s in run["step_seconds"][drop:])
+    return stepping / total
+
+
+def traffic_error(runs: list[dict[str, Any]], drop: int, what: str) -> float:
+    """How far the bytes of the median step, read or written, are from those foreseen; 0 to 1."""
+    moved: float = statistics.median(b for run in runs for b in run[f"step_{what}_bytes"][drop:])
+    foreseen: float = statistics.median(run[f"foreseen_{what}_bytes"] for run in runs)
+    return abs(moved - foreseen) / foreseen if foreseen else float(moved > 0)
 
 
 def main() -> int:
@@ -143,6 +161,11 @@ def main() -> int:
     ]
     if not options.quick:  # a tiny model's step is all overhead
         bars.insert(0, Bar("step time, offload / plain", step / compute, STEP_RATIO))
+        share = optimizer_share(offloaded, options.drop)
+        bars.append(Bar("share of the step inside optimizer.step()", share, OPTIMIZER_SHARE))
+        for what, name in (("read", "read"), ("write", "written")):
+            error = traffic_error(offloaded, options.drop, what)
+            bars.append(Bar(f"bytes {name} per step, off what is foreseen", error, TRAFFIC_ERROR))
     return finish(options, options.swap_dir, [*rows, summary], bars)
 
 

@@ -110,7 +110,12 @@ class Job:
 
 @dataclass
 class Record:
-    """What a run measured; one entry per step in each list."""
+    """What a run measured; one entry per step in each list.
+
+    Attributes:
+        optimizer_seconds: inside ``optimizer.step()``.
+        foreseen_read, foreseen_write: bytes of a step, as offload foresees them after the last one.
+    """
 
     losses: list[float] = field(default_factory=list)
     step_seconds: list[float] = field(default_factory=list)
@@ -118,6 +123,9 @@ class Record:
     read_bytes: list[int] = field(default_factory=list)
     write_bytes: list[int] = field(default_factory=list)
     stall_seconds: list[float] = field(default_factory=list)
+    optimizer_seconds: list[float] = field(default_factory=list)
+    foreseen_read: int = 0
+    foreseen_write: int = 0
 
 
 @dataclass(frozen=True)
@@ -276,7 +284,9 @@ def train(
                 total += loss.item()
             if options.clip > 0:
                 torch.nn.utils.clip_grad_norm_(model.parameters(), options.clip)
+            stepping = time.perf_counter()
             optimizer.step()
+            stepped = time.perf_counter() - stepping
             scheduler.step()
             optimizer.zero_grad(set_to_none=True)
 
@@ -284,6 +294,7 @@ def train(
             previous, disk = disk, disk_use(model, options.no_offload)
             record.losses.append(total)
             record.step_seconds.append(seconds)
+            record.optimizer_seconds.append(stepped)
             record.rss_bytes.append(memory_use().rss)
             record.read_bytes.append(disk.read - previous.read)
             record.write_bytes.append(disk.write - previous.write)
@@ -296,6 +307,11 @@ def train(
                     f"  stall {100 * record.stall_seconds[-1] / seconds:.1f} %"
                 )
             progress.show(step + 1, facts)
+    if not options.no_offload:
+        import offload
+
+        traffic = offload.report(model).step_traffic(job.micro_batches)
+        record.foreseen_read, record.foreseen_write = traffic.read, traffic.written
 
 
 def results(job: Job, params: int, record: Record) -> dict[str, Any]:
@@ -322,11 +338,14 @@ def results(job: Job, params: int, record: Record) -> dict[str, Any]:
         "losses": record.losses,
         "tokens_per_s": job.options.tokens_per_step / median if median else 0.0,
         "step_seconds": seconds,
+        "optimizer_seconds": record.optimizer_seconds,
         "rss_bytes": record.rss_bytes,
         "disk_read_bytes": sum(record.read_bytes),
         "disk_write_bytes": sum(record.write_bytes),
         "step_read_bytes": record.read_bytes,
         "step_write_bytes": record.write_bytes,
+        "foreseen_read_bytes": record.foreseen_read,
+        "foreseen_write_bytes": record.foreseen_write,
         "stall_fraction": sum(record.stall_seconds) / sum(seconds) if seconds else 0.0,
     }
 

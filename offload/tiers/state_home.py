@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import threading
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -36,6 +37,7 @@ class StateHome:
         space: SwapSpace | None,
         pipeline: _native.UpdatePipeline | None,
         room: int,
+        policy: Policy,
         lock: threading.RLock | None = None,
         owns: bool = True,
     ) -> None:
@@ -46,13 +48,16 @@ class StateHome:
             space: None: nothing can live on disk.
             pipeline: None: slabs are not updated in place.
             room: bytes of the home arena that nobody else will ask for.
+            policy: whose budget it is; for messages.
             lock: that of the mover's owner; None: the mover has no other owner.
             owns: close() closes the pipeline and the swap space.
         """
         self.mover = mover
         self.lock = lock or threading.RLock()
-        self.room = room
+        self.room = room // mmap.PAGESIZE * mmap.PAGESIZE
+        self._lost = room - self.room  # less than a page
         self.closed = False
+        self._policy = policy
         self._space = space
         self._pipeline = pipeline
         self._owns = owns
@@ -79,7 +84,8 @@ class StateHome:
         fits = total_bytes is not None and total_bytes <= budget
         if fits or not policy.swap_dirs:
             home = _native.HostArena(budget, policy.debug)
-            return cls(Mover(home, None, None), None, open_pipeline(None, home, 0), _room(budget))
+            pipeline = open_pipeline(None, home, 0)
+            return cls(Mover(home, None, None), None, pipeline, budget, policy)
         staging = staging_bytes(budget, policy.block_bytes)
         pinned = _left(policy, staging)
         space = SwapSpace(policy, profile_disks(policy))
@@ -90,7 +96,7 @@ class StateHome:
         except BaseException:
             space.store.close()
             raise
-        return cls(Mover(home, None, space.store), space, pipeline, _room(pinned))
+        return cls(Mover(home, None, space.store), space, pipeline, pinned, policy)
 
     @classmethod
     def passing(cls, policy: Policy) -> StateHome:
@@ -106,7 +112,7 @@ class StateHome:
         budget = policy.budget.host_bytes
         if not policy.swap_dirs:
             home = _native.HostArena(budget, policy.debug)
-            return cls(Mover(home, None, None), None, None, _room(budget))
+            return cls(Mover(home, None, None), None, None, budget, policy)
         left = _left(policy, 0)
         space = SwapSpace(policy, profile_disks(policy))
         try:
@@ -115,7 +121,7 @@ class StateHome:
         except BaseException:
             space.store.close()
             raise
-        return cls(Mover(ring, ring, space.store), space, None, room=0)
+        return cls(Mover(ring, ring, space.store), space, None, 0, policy)
 
     @classmethod
     def of_context(cls, context: RuntimeContext) -> StateHome:
@@ -130,7 +136,8 @@ class StateHome:
                     context.mover,
                     context.space,
                     context.pipeline,
-                    _room(plan.state_room_bytes),
+                    plan.state_room_bytes,
+                    context.policy,
                     context.lock,
                     owns=False,
                 )
@@ -168,12 +175,27 @@ class StateHome:
                 self.room -= pages
                 return Slab(name, kind, nbytes, True, None)
             if self._space is None:
-                raise BudgetError(
-                    f"no room for {name}: {nbytes} bytes are needed, {self.room} are left of the "
-                    "host budget for optimizer state, and there is no disk to spill to; raise "
-                    "Budget(host=...) or give Policy(swap_dir=...)"
-                )
+                raise self._refused(name, pages, more="at least ")
             return Slab(name, kind, nbytes, False, self._space.create(nbytes))
+
+    def check_room(self, nbytes: Sequence[int], what: str) -> None:
+        """Raise BudgetError where slabs of `nbytes` do not fit and there is no disk for them."""
+        pages = sum(map(page_bytes, nbytes))
+        with self.lock:
+            while self._discarded:
+                self.free_slab(self._discarded.pop())
+            if pages > self.room and self._space is None:
+                raise self._refused(what, pages)
+
+    def _refused(self, what: str, pages: int, more: str = "") -> BudgetError:
+        policy = self._policy
+        least = policy.budget.host_bytes - self._lost + pages - self.room
+        disk = "" if policy.swap_dirs else ", or give Policy(swap_dir=...)"
+        return BudgetError(
+            f"no room for {what}: {pages} bytes are needed, {self.room} are left of the host "
+            "budget for optimizer state, and there is no disk to spill to; the smallest host "
+            f"budget that would do is {more}{least} bytes, Budget(host={least}){disk}"
+        )
 
     def free_slab(self, slab: Slab) -> None:
         """Give up a slab's content and its place. It must not be in use by an update."""
@@ -255,10 +277,6 @@ class StateHome:
 def page_bytes(nbytes: int) -> int:
     """Return what a slab of `nbytes` takes of an arena: whole pages."""
     return -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
-
-
-def _room(nbytes: int) -> int:
-    return nbytes // mmap.PAGESIZE * mmap.PAGESIZE
 
 
 def _nobody() -> bool:

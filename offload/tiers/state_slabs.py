@@ -196,6 +196,9 @@ def provide(wanted: Sequence[tuple[StateSlabs, StateLayout]]) -> None:
     """
     new = dict.fromkeys((run, array) for run, layout in wanted for array in run.missing(layout))
     made: list[tuple[StateSlabs, StateArray, Slab]] = []
+    if new:
+        home = next(iter(new))[0].home
+        home.check_room([array.nbytes(run.numel) for run, array in new], "optimizer state")
     try:
         for run, array in sorted(new, key=lambda item: not item[1].in_memory):
             made.append((run, array, _make(run, array)))

@@ -16,7 +16,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer, lr_scheduler
 
-from offload import BudgetError, UnsupportedError
+import offload
+from offload import Budget, BudgetError, Policy, UnsupportedError
 
 EACH_RULE = pytest.mark.parametrize(("name", "kwargs"), f.RULES, ids=f.RULE_IDS)
 BOTH_PLACES = pytest.mark.parametrize("place", ["memory", "wrapped"])
@@ -349,6 +350,33 @@ def test_no_room_for_state_changes_nothing(tmp_path: Path) -> None:
             optimizer.step()
     assert all(f.same_bits(a, b) for a, b in zip(before, f.values(model), strict=True))
     assert not optimizer.state_dict()["state"]
+
+
+@pytest.mark.parametrize("with_folder", [True, False])
+def test_the_budget_that_state_beside_adamws_needs_is_named(
+    with_folder: bool, tmp_path: Path
+) -> None:
+    folder = tmp_path if with_folder else None
+
+    def step(host: int) -> None:
+        model = offload.wrap(f.Model(), Policy(Budget(host), swap_dir=folder, calibrate_disk=False))
+        optimizer = f.make("Adam", model.parameters(), amsgrad=True)
+        f.set_gradients(0, model, missing=False)
+        optimizer.step()
+
+    with pytest.raises(BudgetError) as error:  # the plan is for AdamW's state, which just fits
+        step(smallest_in_memory())
+    least = int(str(error.value).split("would do is ")[1].split(" ")[0])
+    assert ("swap_dir" in str(error.value)) is not with_folder
+    step(least)
+    with pytest.raises(BudgetError, match=f"would do is {least} bytes"):
+        step(least - 1)
+
+
+def smallest_in_memory() -> int:
+    with pytest.raises(BudgetError) as error:
+        offload.wrap(f.Model(), Policy(Budget(4096)))
+    return int(str(error.value).split("would do is ")[1].split(" ")[0])
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")

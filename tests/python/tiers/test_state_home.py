@@ -68,7 +68,7 @@ def test_no_swap_file_for_what_fits(tmp_path: Path) -> None:
     home = StateHome.of_policy(policy(tmp_path, MIB), total_bytes=MIB)
     assert home.store is None
     assert all(home.make_slab(f"slab {i}", MIB // 4).pinned for i in range(4))
-    with pytest.raises(BudgetError, match=r"slab 5: 1 bytes are needed, 0 are left"):
+    with pytest.raises(BudgetError, match=r"slab 5: 4096 bytes are needed, 0 are left"):
         home.make_slab("slab 5", 1)
     home.close()
 
@@ -76,7 +76,7 @@ def test_no_swap_file_for_what_fits(tmp_path: Path) -> None:
 def test_without_a_disk_what_does_not_fit_is_refused() -> None:
     for home in (StateHome.of_policy(policy(None, MIB)), StateHome.passing(policy(None, MIB))):
         home.make_slab("first", MIB - 4096)
-        with pytest.raises(BudgetError, match=r"second: 5000 bytes are needed, 4096 are left"):
+        with pytest.raises(BudgetError, match=r"second: 8192 bytes are needed, 4096 are left"):
             home.make_slab("second", 5000)
 
 
