@@ -41,9 +41,6 @@ struct NarrowArrays {
   void* state_out[kMaxStates];
   float* scale_out[kMaxStates];
   std::size_t n;
-  // Where the arrays end, n or more, for reading ahead; of the gradient apart, it may be scratch.
-  std::size_t length;
-  std::size_t grad_length;
   // bfloat16: the position of element 0, whose upper half is the same for all, and the keys of its
   // two pairs of states.
   std::uint32_t position;
@@ -66,15 +63,13 @@ struct NarrowLoop {
 
   explicit NarrowLoop(const RuleScalars& s) : loop(s) {}
 
-  // Before the elements [i, i + kGroup) are used.
-  [[gnu::always_inline]] static void read_group_ahead(const NarrowArrays& a, std::size_t i,
-                                                      std::size_t state_bytes) {
-    const std::size_t at = i * sizeof(float);
-    constexpr std::size_t kStep = kGroup * sizeof(float);
-    read_ahead(a.param, at, kStep, a.length * sizeof(float));
-    read_ahead(a.grad, at, kStep, a.grad_length * sizeof(float));
+  // For the elements [i, i + kGroup), which are used next.
+  template <std::size_t kStateBytes>
+  [[gnu::always_inline]] static void prefetch_group(const NarrowArrays& a, std::size_t i) {
+    prefetch<kGroup * sizeof(float)>(a.param + i);
+    prefetch<kGroup * sizeof(float)>(a.grad + i);
     for (std::size_t k = 0; k < kStates; ++k) {
-      read_ahead(a.state[k], i * state_bytes, kGroup * state_bytes, a.length * state_bytes);
+      prefetch<kGroup * kStateBytes>(static_cast<const std::byte*>(a.state[k]) + i * kStateBytes);
     }
   }
 
@@ -101,7 +96,7 @@ struct NarrowLoop {
     const RuleLoop<V, Rule> update = loop;
     const Int iota = Int::iota();
     for (std::size_t i = 0; i < a.n; i += kGroup) {
-      read_group_ahead(a, i, sizeof(std::uint16_t));
+      prefetch_group<sizeof(std::uint16_t)>(a, i);
 #pragma GCC unroll 2
       for (std::size_t j = i; j < i + kGroup; j += 2 * V::kLanes) {
         V state[2][kStates + 1];  // no array of none
@@ -190,7 +185,7 @@ struct NarrowLoop {
         largest[k] = Int::broadcast(0);
       });
       for (std::size_t i = 0; i < kQuantBlock; i += kGroup) {
-        read_group_ahead(a, block + i, 1);
+        prefetch_group<1>(a, block + i);
         V group[kStates + 1][4];
         for_each_state<kStates>([&](auto k) {
           decoder[k].template decode<!Rule::is_unsigned(k)>(

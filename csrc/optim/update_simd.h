@@ -52,14 +52,13 @@ struct SimdUpdate {
     return g;
   }
 
-  // `to` has room for whole vectors; `from` goes on for `length` elements, n or more.
+  // `to` has room for whole vectors.
   template <ElementType kType>
-  static void widen_grads(const RuleScalars& s, const std::uint16_t* from, float* to, std::size_t n,
-                          std::size_t length) {
-    constexpr std::size_t kStep = V::kLanes * sizeof(from[0]);
+  static void widen_grads(const RuleScalars& s, const std::uint16_t* from, float* to,
+                          std::size_t n) {
     std::size_t i = 0;
     for (; n - i >= V::kLanes; i += V::kLanes) {
-      read_ahead(from, i * sizeof(from[0]), kStep, length * sizeof(from[0]));
+      prefetch<V::kLanes * sizeof(from[0])>(from + i);
       V::store(to + i, widen_grad<kType>(s, from + i));
     }
     if (i == n) return;
@@ -91,15 +90,12 @@ struct SimdUpdate {
     const float* grad;
     std::size_t first;
     std::size_t n;
-    std::size_t grad_length;  // see FloatArrays
   };
 
   static void run_fp32_states(const UpdateCall& call, const RuleScalars& scalars,
                               const Loops& loops, const Run& run) {
     FloatArrays f = {};
     f.n = run.n;
-    f.length = call.arrays.n - run.first;
-    f.grad_length = run.grad_length;
     f.param = run.param;
     f.param_out = run.param_out;
     f.grad = run.grad;
@@ -115,8 +111,6 @@ struct SimdUpdate {
     const std::size_t bytes = element_bytes(call.format.state);
     NarrowArrays out = {};
     out.n = run.n;
-    out.length = a.n - run.first;
-    out.grad_length = run.grad_length;
     out.param = run.param;
     out.param_out = run.param_out;
     out.grad = run.grad;
@@ -148,7 +142,6 @@ struct SimdUpdate {
     NarrowArrays padded = a;
     padded.param = padded.param_out = param;
     padded.grad = grad;
-    padded.length = padded.grad_length = run.n;
     for (std::size_t k = 0; k < call.states; ++k) {
       std::memcpy(state[k], a.state[k], run.n * bytes);
       padded.state[k] = padded.state_out[k] = state[k];
@@ -179,7 +172,6 @@ struct SimdUpdate {
       run.grad += part.n;
       run.first += part.n;
       run.n -= part.n;
-      run.grad_length -= part.n;
     }
   }
 
@@ -200,8 +192,8 @@ struct SimdUpdate {
     scalars.factor_count = 0;
     for (std::size_t first = 0; first < a.n; first += kTile) {
       const std::size_t n = std::min(kTile, a.n - first);
-      widen_grads<kType>(call.scalars, halves(a.grad, first), grad, n, a.n - first);
-      run_part(call, scalars, loops, {a.master + first, a.master_out + first, grad, first, n, n});
+      widen_grads<kType>(call.scalars, halves(a.grad, first), grad, n);
+      run_part(call, scalars, loops, {a.master + first, a.master_out + first, grad, first, n});
       narrow_params<kType>(a.master_out + first, halves(a.param_out, first), n);
     }
   }
@@ -218,7 +210,7 @@ struct SimdUpdate {
       case ElementType::kFloat32:
         return run_part(call, call.scalars, loops,
                         {static_cast<const float*>(a.param), static_cast<float*>(a.param_out),
-                         static_cast<const float*>(a.grad), 0, a.n, a.n});
+                         static_cast<const float*>(a.grad), 0, a.n});
       case ElementType::kBfloat16:
         return run_with_master<ElementType::kBfloat16>(call, loops);
       case ElementType::kFloat16:
