@@ -30,6 +30,7 @@ def refresh_masters(context: RuntimeContext, unit: Unit) -> None:
     An update starts from the copy, so it would undo a change of the parameter alone. Where the
     copy still rounds to the parameter it keeps its bits.
     """
+    unit.written = False
     if not has_masters(unit):
         return
     for param in unit.trainable:

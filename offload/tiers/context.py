@@ -219,6 +219,7 @@ class RuntimeContext:
         if replaced or version != unit.seen_version:
             unit.seen_version = version
             unit.version += 1
+            unit.written = True
             self.mover.mark_dirty(unit.param_slab)
 
     # -- gradients ------------------------------------------------------------------------------
@@ -367,7 +368,9 @@ class RuntimeContext:
             seed: of stochastic rounding.
             segments: one per parameter, ascending.
         """
-        if unit.holders:
+        if unit.attached:
+            self.note_changes(unit)
+        if unit.holders or unit.written:
             refresh_masters(self, unit)
         whole = len(segments) == len(unit.trainable)
         state, grads = self.state_of(unit).of(layout, whole=whole), self._gradients(unit)

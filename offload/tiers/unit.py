@@ -148,6 +148,7 @@ class Unit:
         update_waits: an update was put off and has not started.
         update_slabs: what the pending update uses, the parameters first.
         version: counts changes of its values.
+        written: the user changed its values, and fp32 copies of them were not looked at since.
         arrived: parameters whose gradient of this backward is in the slab.
         unconsumed: parameters whose gradient their consumer is still to take.
         expected: how many arrived in the last complete backward.
@@ -183,6 +184,7 @@ class Unit:
         self.update_waits = False
         self.update_slabs: list[Slab] = []
         self.version = 0
+        self.written = False
         self.arrived: set[OffloadedParam] = set()
         self.unconsumed: set[OffloadedParam] = set()
         self.expected = sum(p.trainable for p in self.params)

@@ -149,9 +149,9 @@ def test_a_step_inside_the_block_is_seen_there(lazy: bool, tmp_path: Path) -> No
     assert_same(model, plain)
 
 
-@pytest.mark.parametrize("step_inside", [False, True])
+@pytest.mark.parametrize("how", ["materialize", "step inside", "no_grad", "load_state_dict"])
 def test_master_copies_follow_the_change_and_keep_their_bits_elsewhere(
-    step_inside: bool, tmp_path: Path
+    how: str, tmp_path: Path
 ) -> None:
     def make() -> nn.Module:
         return nn.Sequential(*[nn.Linear(256, 256) for _ in range(12)]).to(torch.bfloat16)
@@ -173,22 +173,30 @@ def test_master_copies_follow_the_change_and_keep_their_bits_elsewhere(
     for net, optimizer in zip((model, plain), optimizers, strict=True):
         step(net, optimizer)
     before = optimizers[1].state_dict()
-    with offload.materialize(model[5]) as layer:
-        layer.weight.data[3] = 5.0
-        if step_inside:
-            step(model, optimizers[0])
+    if how == "no_grad":
+        with torch.no_grad():
+            model[5].weight[3] = 5.0
+    elif how == "load_state_dict":
+        state = model.state_dict()
+        state["5.weight"][3] = 5.0
+        model.load_state_dict(state)
+    else:
+        with offload.materialize(model[5]) as layer:
+            layer.weight.data[3] = 5.0
+            if how == "step inside":
+                step(model, optimizers[0])
     with torch.no_grad():  # the reference: the master copy is set by hand
         plain[5].weight[3] = 5.0
         before["state"][10]["master"][3] = 5.0
     optimizers[1].load_state_dict(before)
-    if not step_inside:
+    if how != "step inside":
         step(model, optimizers[0])
     step(plain, optimizers[1])
     assert_same(model, plain)
-    state = [optimizer.state_dict()["state"] for optimizer in optimizers]
-    for number in state[1]:
-        for name, value in state[1][number].items():
-            assert torch.equal(torch.as_tensor(state[0][number][name]), torch.as_tensor(value))
+    found, expected = [optimizer.state_dict()["state"] for optimizer in optimizers]
+    for number in expected:
+        for name, value in expected[number].items():
+            assert torch.equal(torch.as_tensor(found[number][name]), torch.as_tensor(value))
 
 
 def test_blocks_nest_and_overlap(tmp_path: Path) -> None:
