@@ -126,7 +126,8 @@ class Policy:
             hold when the backward begins, and are read back ahead of it. "recompute": each block
             keeps only its inputs, treated as with "disk", and runs again in the backward. "auto":
             as "disk", and of the blocks as many are recomputed as make a step fastest, by what
-            the first steps took and the measured rates of the disk.
+            the first steps took and the measured rates of the disk; what fits nowhere is left to
+            autograd.
         activation_bytes: the part of the host budget for activations. None: half of it with
             "host", a quarter otherwise, or less where the model needs the rest.
         debug: overwrite with NaN whatever memory is given up, so that a use after release shows.

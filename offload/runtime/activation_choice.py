@@ -73,7 +73,7 @@ class ActivationChoice:
             self._note_total()
             if self._passes >= _MEASURED_PASSES:
                 self._choose()
-        self._pass_began = self._home.saved_bytes
+        self._pass_began = self._saved()
 
     def notes(self) -> tuple[str, ...]:
         """Return what was chosen, and why."""
@@ -96,10 +96,10 @@ class ActivationChoice:
     def _observe(
         self, block: BlockForward, forward: Callable[[], Any], inputs: tuple[Any, ...]
     ) -> Any:
-        saved, stalled, begun = self._home.saved_bytes, self._stalled(), time.perf_counter()
+        saved, stalled, begun = self._saved(), self._stalled(), time.perf_counter()
         output = forward()
         seconds = time.perf_counter() - begun - (self._stalled() - stalled)
-        nbytes = self._home.saved_bytes - saved
+        nbytes = self._saved() - saved
         known = self._costs.get(block)
         self._costs[block] = BlockCost(
             block.name,
@@ -109,12 +109,15 @@ class ActivationChoice:
         )
         return output
 
+    def _saved(self) -> int:
+        return self._home.saved_bytes + self._home.left_bytes
+
     def _stalled(self) -> float:
         movers = (self._context.mover, self._home.mover)
         return sum(sum(mover.stall_seconds.values()) for mover in movers)
 
     def _note_total(self) -> None:
-        self._total_bytes = max(self._total_bytes, self._home.saved_bytes - self._pass_began)
+        self._total_bytes = max(self._total_bytes, self._saved() - self._pass_began)
 
     def _choose(self) -> None:
         self._measuring = False

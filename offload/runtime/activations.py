@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from offload.tiers.activation_home import ActivationHome, Handle
+from offload.tiers.activation_handle import Handle
+from offload.tiers.activation_home import ActivationHome
 
 
 class Activations:

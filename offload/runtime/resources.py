@@ -106,5 +106,6 @@ class Resources:
             space,
             context.lock,
             eager=self.policy.activations != "host",
+            leaves=self.policy.activations == "auto",
             owns_space=not self.plan.spills,
         )

@@ -24,7 +24,7 @@ import torch
 
 from offload.errors import OffloadError
 from offload.runtime.activations import Activations
-from offload.tiers.activation_home import Handle
+from offload.tiers.activation_handle import Handle
 from offload.tiers.context import RuntimeContext
 from offload.tiers.uncompiled import uncompiled
 from offload.tiers.unit import OffloadedParam

@@ -192,6 +192,7 @@ class WrappedModel:
             "mispredicted": context.prefetcher.trace.mispredicted,
             "uses": context.prefetcher.trace.recorded,
             "activation_saved_bytes": home.saved_bytes if home is not None else 0,
+            "activation_left_bytes": home.left_bytes if home is not None else 0,
             "activation_live_bytes": home.live_bytes if home is not None else 0,
             "activation_write_bytes": home.mover.written_bytes if home is not None else 0,
             "activation_read_bytes": home.mover.read_bytes if home is not None else 0,

@@ -19,16 +19,15 @@ import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from offload import _native
 from offload.errors import BudgetError, OffloadError
+from offload.tiers.activation_handle import Claim, Handle, SavedRange, witness
 from offload.tiers.activation_places import ActivationPlaces
-from offload.tiers.activation_range import byte_range, span
+from offload.tiers.activation_range import byte_range
 from offload.tiers.mover import NEVER, Mover
 from offload.tiers.slab import Slab
 from offload.tiers.swap_space import SwapSpace
@@ -48,81 +47,13 @@ _ALIGNMENT = 64
 """A copy lies as its original does, modulo so many bytes: kernels may round by alignment."""
 
 
-class _SavedRange:
-    """One copy: its slab, and the bytes of which storage it holds, at which version."""
-
-    __slots__ = (
-        *("address", "begin", "claim", "end", "newer", "older", "sequence", "shift", "slab"),
-        *("storage", "version", "witness"),
-    )
-    slab: Slab
-    sequence: int
-    begin: int  # in bytes of the storage
-    end: int
-    shift: int  # where `begin` is in the slab
-    address: int  # of the storage's memory
-    storage: StorageWeakRef
-    witness: torch.Tensor  # shares the version counter of the original, not its memory
-    version: int
-    claim: weakref.ref[_Claim]
-    older: _SavedRange | None
-    newer: _SavedRange | None
-
-    def serves(self, storage: torch.UntypedStorage, begin: int, end: int) -> bool:
-        """Whether the copy has the current bytes [begin, end) of `storage`."""
-        return (
-            self.begin <= begin
-            and end <= self.end
-            and self.address == storage.data_ptr()
-            and self.witness._version == self.version
-        )
-
-
-class _Claim:
-    """What all handles to one range share; the range is freed when it dies."""
-
-    def __init__(self, home: ActivationHome, saved: _SavedRange) -> None:
-        self._home = home
-        self.saved = saved
-
-    def __del__(self) -> None:
-        self._home.discard(self.saved)
-
-
-@dataclass(frozen=True)
-class Handle:
-    """What autograd holds in place of a saved tensor."""
-
-    claim: _Claim
-    offset: int  # in bytes of the slab
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-    witness: torch.Tensor
-    version: int
-
-    def check_version(self) -> None:
-        """Raise torch's RuntimeError when the original was changed in place since it was saved."""
-        if self.witness._version != self.version:
-            raise RuntimeError(
-                "one of the variables needed for gradient computation has been modified by an "
-                f"inplace operation: [{self.dtype} {list(self.shape)}] is at version "
-                f"{self.witness._version}; expected version {self.version} instead"
-            )
-
-    def view(self, lease: _native.Lease) -> torch.Tensor:
-        """Return the saved tensor over the memory of its slab."""
-        count = span(self.shape, self.stride)
-        flat = torch.frombuffer(lease, dtype=self.dtype, count=count, offset=self.offset)
-        return flat.as_strided(self.shape, self.stride)
-
-
 class ActivationHome:
     """Holds activations within an arena, and on disk if there is one.
 
     Attributes:
         mover: moves their slabs; it has the bytes read and written, and the seconds waited for.
         saved_bytes: that were copied here so far; what was shared is counted once.
+        left_bytes: that fitted nowhere and were left alone so far.
         live_bytes: that handles refer to at the moment.
         space: the swap space they may live in; None: there is none.
         closed: nothing can be saved or loaded any more.
@@ -135,6 +66,7 @@ class ActivationHome:
         lock: threading.RLock,
         *,
         eager: bool,
+        leaves: bool = False,
         owns_space: bool,
     ) -> None:
         """Hold activations in `arena` and in `space`.
@@ -144,16 +76,19 @@ class ActivationHome:
             space: None: nothing can live on disk.
             lock: held around every operation.
             eager: write what is saved before it is known whether the arena can hold it.
+            leaves: leave alone what fits nowhere, instead of refusing it.
             owns_space: close() closes it.
         """
         store = space.store if space is not None else None
         self.mover = Mover(arena, arena, store)
         self.arena_bytes = arena.usage()["budget"]
         self.saved_bytes = 0
+        self.left_bytes = 0
         self.live_bytes = 0
         self.closed = False
         self._lock = lock
         self._eager = eager
+        self._leaves = leaves
         self.space = space
         self._owns_space = owns_space
         self._places = ActivationPlaces(space) if space is not None else None
@@ -162,9 +97,9 @@ class ActivationHome:
         self.mover.use_of = self._use_of
         self._now = 0  # the sequence number of what was saved or loaded last
         self._sequences: dict[Slab, int] = {}
-        self._newest: _SavedRange | None = None
-        self._by_storage: dict[int, list[_SavedRange]] = {}
-        self._discarded: list[_SavedRange] = []
+        self._newest: SavedRange | None = None
+        self._by_storage: dict[int, list[SavedRange]] = {}
+        self._discarded: list[SavedRange] = []
         self._operations = 0  # under way; finalizers then leave everything alone
         self._sequence = 0
         self._peaks = (0, 0)  # bytes alive when the last two backwards began
@@ -176,7 +111,8 @@ class ActivationHome:
         """Return what stands for `tensor`, a dense one on the CPU; None: it is left alone.
 
         Raises:
-            BudgetError: it does not fit, and there is no disk or it is larger than the arena.
+            BudgetError: it does not fit, since there is no disk or it is larger than the arena;
+                not with `leaves`.
             SwapSpaceError, SwapIOError: the disk is full, or an earlier write failed.
         """
         extent = byte_range(tensor)
@@ -187,7 +123,13 @@ class ActivationHome:
         with self._operation():
             claim = self._shared(storage, begin, end)
             if claim is None:
-                claim = self._copy(tensor, storage, begin, end)
+                try:
+                    claim = self._copy(tensor, storage, begin, end)
+                except BudgetError:
+                    if not self._leaves:
+                        raise
+                    self.left_bytes += end - begin
+                    return None
             saved = claim.saved
             offset = int(tensor.storage_offset()) * tensor.itemsize - saved.begin + saved.shift
         return Handle(
@@ -196,7 +138,7 @@ class ActivationHome:
             tuple(tensor.shape),
             tensor.stride(),
             tensor.dtype,
-            _witness(tensor),
+            witness(tensor),
             tensor._version,
         )
 
@@ -223,7 +165,7 @@ class ActivationHome:
             self._read_ahead(saved)
         return tensor
 
-    def discard(self, saved: _SavedRange) -> None:
+    def discard(self, saved: SavedRange) -> None:
         """Free a range nobody needs any more; now, or if that cannot be, in the next operation.
 
         Finalizers call this, at any moment and in any thread: it neither waits nor raises.
@@ -266,7 +208,7 @@ class ActivationHome:
 
     # -- saving ---------------------------------------------------------------------------------
 
-    def _shared(self, storage: torch.UntypedStorage, begin: int, end: int) -> _Claim | None:
+    def _shared(self, storage: torch.UntypedStorage, begin: int, end: int) -> Claim | None:
         # The weak references keep the key from being used for another storage.
         for saved in self._by_storage.get(storage._cdata, ()):
             claim = saved.claim()
@@ -276,8 +218,8 @@ class ActivationHome:
 
     def _copy(
         self, tensor: torch.Tensor, storage: torch.UntypedStorage, begin: int, end: int
-    ) -> _Claim:
-        saved = _SavedRange()
+    ) -> Claim:
+        saved = SavedRange()
         saved.shift = (storage.data_ptr() + begin) % _ALIGNMENT
         nbytes = end - begin + saved.shift
         name = f"an activation ({tensor.dtype} {list(tensor.shape)})"
@@ -296,17 +238,18 @@ class ActivationHome:
         saved.sequence = self._sequence
         saved.begin, saved.end, saved.address = begin, end, storage.data_ptr()
         saved.storage = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
-        saved.witness, saved.version = _witness(tensor), tensor._version
-        claim = _Claim(self, saved)
+        saved.witness, saved.version = witness(tensor), tensor._version
+        claim = Claim(self.discard, saved)
         saved.claim = weakref.ref(claim)
+        writes = self._must_write()
         self._link(saved)
-        if self._must_write():
-            self.mover.write_back(saved.slab)
         self.live_bytes += nbytes
         self.saved_bytes += nbytes
+        if writes:
+            self.mover.write_back(saved.slab)
         return claim
 
-    def _link(self, saved: _SavedRange) -> None:
+    def _link(self, saved: SavedRange) -> None:
         saved.older, saved.newer = self._newest, None
         if self._newest is not None:
             self._newest.newer = saved
@@ -344,7 +287,7 @@ class ActivationHome:
 
     # -- loading --------------------------------------------------------------------------------
 
-    def _read_ahead(self, saved: _SavedRange) -> None:
+    def _read_ahead(self, saved: SavedRange) -> None:
         older = saved.older
         for _ in range(_LOOKAHEAD):
             if older is None:
@@ -371,7 +314,7 @@ class ActivationHome:
         finally:
             self._discarded += busy
 
-    def _free(self, saved: _SavedRange) -> None:
+    def _free(self, saved: SavedRange) -> None:
         if saved.newer is not None:
             saved.newer.older = saved.older
         if saved.older is not None:
@@ -419,15 +362,5 @@ class ActivationHome:
             raise BudgetError(f"{error}; for activations that is {what}") from error
 
 
-def _witness(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a tensor with the version counter of `tensor` and without its memory."""
-    witness = tensor.detach()
-    witness.data = _NOTHING
-    return witness
-
-
 def _nobody() -> bool:
     return False
-
-
-_NOTHING: Any = torch.empty(0)

@@ -303,6 +303,7 @@ def test_a_dropped_model_is_freed(tmp_path: Path) -> None:
     for mode in MODES:
         model = wrapped(tmp_path, mode)
         model(X).sum().backward()
+        model.zero_grad()
         alive = weakref.ref(model)
         del model
         gc.collect()
@@ -336,3 +337,51 @@ def test_a_budget_without_room_for_activations_is_refused(tmp_path: Path) -> Non
             ),
         )
     model(torch.zeros(1, 1, dtype=torch.long))  # as it was
+
+
+def test_a_full_disk_is_an_error_in_the_forward(tmp_path: Path) -> None:
+    model = wrapped(tmp_path, "disk", budget=offload.Budget(host="64MiB", disk="6MiB"))
+    with pytest.raises(offload.SwapSpaceError, match=r"Budget\(disk=6291456\) is too small"):
+        model(X)
+    gc.collect()
+    assert counters(model)["activation_live_bytes"] == 0
+    with torch.no_grad():
+        assert torch.equal(model(X), make()(X))
+    offload.unwrap(model)(X).sum().backward()
+
+
+def test_a_read_that_fails_is_an_error_in_the_backward(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = wrapped(tmp_path, "disk", nbytes="400KiB")
+    loss = model(X).sum()
+    home = model._offload_wrapped.context.activations
+
+    def fail(*_: object, **__: object) -> None:
+        raise offload.SwapIOError(5, "the disk is gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(home.mover, "_start_read", fail)
+        with pytest.raises(offload.SwapIOError, match="the disk is gone"):
+            loss.backward(retain_graph=True)
+    model.zero_grad()
+    loss.backward()  # nothing was lost
+    reference = make()
+    reference(X).sum().backward()
+    assert_equal(grads(model), grads(reference))
+
+
+def test_older_torch_moves_activations_and_refuses_to_recompute(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As torch 2.6 and 2.7, which do not tell the active hooks."""
+    monkeypatch.setattr("offload.runtime.saved_tensors._TOP_HOOKS", "_not_there")
+    for mode in ("recompute", "auto"):
+        with pytest.raises(offload.UnsupportedError, match=r"torch 2\.8 or newer"):
+            wrapped(tmp_path, mode)
+    for kind in (t.Stack, t.Checkpointed):
+        loop = t.Loop(steps=2)
+        ours = t.offloaded(
+            kind, loop, tmp_path, 18 << 20, activations="disk", activation_bytes="1MiB"
+        )
+        t.assert_same(t.plain(kind, loop), ours)

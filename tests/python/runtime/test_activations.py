@@ -182,14 +182,13 @@ def test_training_is_exact_with_everything_on_disk(mode: str, engine: str, tmp_p
     t.assert_same(t.plain(t.Stack, loop), ours)
 
 
-@pytest.mark.parametrize(
-    ("mode", "wrote"), [("host", True), ("disk", True), ("recompute", False), ("auto", True)]
-)
-def test_what_does_not_fit_goes_to_disk(mode: str, wrote: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", ["host", "disk", "auto"])
+def test_what_does_not_fit_goes_to_disk(mode: str, tmp_path: Path) -> None:
     model, _ = moved(Gpt, tmp_path, mode)
     report = offload.report(model).as_dict()
-    assert (report["activation_write_bytes"] > 0) == wrote
-    assert (report["activation_read_bytes"] > 0) == wrote
+    assert report["activation_write_bytes"] > 0
+    assert report["activation_read_bytes"] > 0
+    assert report["activation_left_bytes"] == 0
     assert "activations" in str(offload.report(model))
 
 
@@ -211,6 +210,7 @@ def test_auto_recomputes_where_there_is_no_disk(tmp_path: Path) -> None:
     model, outcome = moved(Gpt, tmp_path, "auto", swap_dir=None, activation_bytes="24MiB")
     t.assert_same(plain(Gpt), outcome)
     notes = offload.report(model).notes
+    assert not any("0 are recomputed" in note for note in notes), notes
     assert any("4 blocks" in note and "recomputed" in note for note in notes), notes
 
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from offload import Budget, BudgetError, OffloadError, Policy, SwapSpaceError, _native
-from offload.tiers.activation_home import ActivationHome, Handle
+from offload.tiers.activation_handle import Handle
+from offload.tiers.activation_home import ActivationHome
 from offload.tiers.activation_range import LEAST_STORAGE_BYTES, byte_range
 from offload.tiers.swap_space import SwapSpace
 
