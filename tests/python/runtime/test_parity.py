@@ -120,12 +120,13 @@ def test_a_recomputation_that_cannot_be_counted_is_refused(
 ) -> None:
     """By torch, where it does not tell the active hooks."""
     monkeypatch.setattr("offload.runtime.saved_tensors.active_hooks", lambda: None)
-    model = t.wrapped(t.CheckpointedInside, tmp_path, 16 << 20)
+    model = t.wrapped(t.CheckpointedInside, tmp_path, 16 << 20, **WHOLE_BLOCKS)
     with pytest.raises(t.torch.utils.checkpoint.CheckpointError):
         model(t.torch.arange(24).view(2, 12)).sum().backward()
     loop = Loop(steps=2)
     make = t.CheckpointedInsideReentrant
-    t.assert_same(t.plain(make, loop), t.offloaded(make, loop, tmp_path, 16 << 20))
+    ours = t.offloaded(make, loop, tmp_path, 16 << 20, **WHOLE_BLOCKS)
+    t.assert_same(t.plain(make, loop), ours)
 
 
 def test_checkpointing_keeps_no_activations(tmp_path: Path) -> None:
