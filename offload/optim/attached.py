@@ -61,7 +61,7 @@ def gradient_as_tensor(param: torch.Tensor, owner: OffloadedParam | None) -> Ite
         slab.locks += 1
     try:
         is_copy = state.zero or bool(state.factors)
-        real = state.materialize() if is_copy else context.read_grad(owner)
+        real = state.materialize() if is_copy else context.gradients.read(owner)
         version = real._version
         param.grad = real
         try:
@@ -97,7 +97,7 @@ def gradient_and_factors(
     if slab is not None:
         slab.locks += 1
     try:
-        yield owner.context.read_grad(owner), state.factor_values()
+        yield owner.context.gradients.read(owner), state.factor_values()
     finally:
         if slab is not None:
             slab.locks -= 1
@@ -118,5 +118,5 @@ def _keep_changes(handle: GradHandle, real: torch.Tensor, is_copy: bool) -> None
     if is_copy:
         state.store(real)
     else:
-        state.owner.context.modify_grad(state.owner)
+        state.owner.context.gradients.modify(state.owner)
         state.norms.clear()

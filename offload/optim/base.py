@@ -236,7 +236,7 @@ class OffloadOptimizer(Optimizer):
             if isinstance(kept, UnitState):
                 kept.run.check(kept.tenant)
             elif kept.owner is not None:  # frozen
-                kept.owner.context.set_grad(kept.owner, grad)  # which is refused
+                kept.owner.context.gradients.set(kept.owner, grad)  # which is refused
             updates.append(Update(kept, self._layout(names, param.dtype), index, grad))
         return updates
 

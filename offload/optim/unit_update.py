@@ -58,7 +58,7 @@ def _segment(owner: OffloadedParam, update: Update) -> _native.UpdateSegment:
 def _gradient(owner: OffloadedParam, grad: torch.Tensor) -> GradState:
     """Have the gradient of `owner` in the unit's slab."""
     if not isinstance(grad, GradHandle):  # the user assigned a tensor of their own
-        owner.context.set_grad(owner, grad)
+        owner.context.gradients.set(owner, grad)
     state = owner.grad_state
     if state is None:
         raise OffloadError(f"the gradient of {owner.name} was not taken over (internal error)")

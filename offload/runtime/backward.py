@@ -91,14 +91,14 @@ class BackwardHooks:
             if state is not None:
                 param.param.grad = GradHandle(state)
             return
-        self._context.begin_backward(param.unit)
+        self._context.gradients.begin_backward(param.unit)
         param.param.grad = None
-        self._context.accumulate(param, new, state)
+        self._context.gradients.accumulate(param, new, state)
 
     def _end(self) -> None:
         with self._context.lock:
             self._waiting_for_end = False
-            self._context.end_backward()
+            self._context.gradients.end_backward()
 
 
 def _run_first(param: torch.nn.Parameter, ours: RemovableHandle) -> None:

@@ -118,7 +118,7 @@ class ForwardHooks:
         # A backward is no longer running when the thread that trains begins a forward.
         trainer = self._trainer
         mine = trainer is None or trainer is threading.current_thread() or not trainer.is_alive()
-        return bool(self._context.in_backward) and mine
+        return bool(self._context.gradients.in_backward) and mine
 
 
 def _nothing() -> None:

@@ -183,7 +183,7 @@ class SavedTensorHooks:
                     f"inplace operation: the parameters of {unit.name} were changed (by an "
                     "optimizer step, say) between this forward and its backward"
                 )
-            context.begin_backward(unit)
+            context.gradients.begin_backward(unit)
             context.load(unit)
             whole = reference.param.view(unit.param_slab)
             if whole.dtype is not reference.dtype:

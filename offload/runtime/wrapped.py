@@ -71,7 +71,7 @@ class WrappedModel:
         activations = Activations(model, home) if home is not None else None
         self._saved = SavedTensorHooks(self.context, activations)
         self._backward = BackwardHooks(self.context)
-        self.context.on_backward = self._backward.on_backward
+        self.context.gradients.on_backward = self._backward.on_backward
         self._forward = ForwardHooks(self.context, self._saved, self._backward.reset)
         self.context.saved_hooks = self._saved.active
         self._add_hooks(found, units)

@@ -18,21 +18,21 @@ from functools import partial
 import torch
 
 from offload import _native
-from offload.errors import OffloadError, SpilledTensorError, UnsupportedError
+from offload.errors import OffloadError
 from offload.planner import Plan
 from offload.policy import Policy
 from offload.tiers.activation_home import ActivationHome
 from offload.tiers.changed_values import refresh_masters
-from offload.tiers.grad_handle import GradHandle, GradState
+from offload.tiers.gradients import Gradients
 from offload.tiers.mover import Mover
 from offload.tiers.prefetcher import Prefetcher
 from offload.tiers.scopes import ForwardScopes
-from offload.tiers.slab import Residency, Slab
+from offload.tiers.slab import Slab
 from offload.tiers.state_home import StateHome
 from offload.tiers.state_layout import StateLayout
 from offload.tiers.state_slabs import StateSlabs, operand
 from offload.tiers.swap_space import SwapSpace
-from offload.tiers.unit import Consumer, OffloadedParam, SpilledParameter, Unit
+from offload.tiers.unit import OffloadedParam, SpilledParameter, Unit
 from offload.tiers.updates import Updates
 from offload.trace import Phase, Use
 
@@ -42,13 +42,12 @@ class RuntimeContext:
 
     Attributes:
         scopes: the modules that are in forward at the moment, and the units they hold.
-        norm_orders: orders of gradient norms that the training loop has asked for.
+        gradients: of its units.
         space: the swap space that its slabs on disk live in; None: nothing spills.
         state_home: StateHome.of_context() makes it.
         activations: where saved activations are; None: autograd keeps them.
         reading_out: detach() of a spilled parameter returns a copy (state_dict is being made).
         saved_hooks: a context in which autograd saves no parameter that is about to be detached.
-        on_backward: called when a backward needs something of the model.
     """
 
     def __init__(
@@ -73,14 +72,12 @@ class RuntimeContext:
         self.updates = Updates(mover)
         self.prefetcher = Prefetcher(plan, mover, self.updates)
         self.units: list[Unit] = []
-        self.in_backward: dict[Unit, None] = {}
+        self.gradients = Gradients(self)
         self.scopes = ForwardScopes()
-        self.norm_orders: set[float] = set()
         self.by_pointer: dict[int, OffloadedParam] = {}
         """Attached parameters by the address of their memory."""
         self.reading_out = False
         self.saved_hooks: Callable[[], AbstractContextManager[None]] = nullcontext
-        self.on_backward: Callable[[], None] = lambda: None
         self.closed = False
 
     # -- building -------------------------------------------------------------------------------
@@ -181,9 +178,9 @@ class RuntimeContext:
         """End a use begun by acquire()."""
         unit.param_slab.locks -= 1
         unit.forward_locks -= 1
-        self._rest(unit)
+        self.rest(unit)
 
-    def _rest(self, unit: Unit) -> None:
+    def rest(self, unit: Unit) -> None:
         """Nobody holds the unit any more, perhaps: leave it ready for eviction."""
         if unit.forward_locks or unit.holders or unit.updating or unit.param_slab.pinned:
             return
@@ -222,135 +219,6 @@ class RuntimeContext:
             unit.written = True
             self.mover.mark_dirty(unit.param_slab)
 
-    # -- gradients ------------------------------------------------------------------------------
-
-    def begin_backward(self, unit: Unit) -> None:
-        """A use of `unit` in a backward pass: hold it until its gradients are complete.
-
-        Its parameters are not attached: autograd has the slab's memory from load(). So what a
-        recomputation inside the backward does with them is seen by touch().
-        """
-        self.on_backward()
-        if unit.in_backward:
-            return
-        if unit.grad_slab is None:  # nothing tells when it is done with but the turn of the next
-            for other in [u for u in self.in_backward if u.grad_slab is None]:
-                self.end_unit_backward(other)
-        unit.in_backward = True
-        self.in_backward[unit] = None
-        self._lock_for_backward(unit, 1)
-        self.prefetcher.advance(Use(unit.index, Phase.BACKWARD))
-
-    def _lock_for_backward(self, unit: Unit, change: int) -> None:
-        unit.param_slab.locks += change
-        if unit.grad_slab is not None:
-            unit.grad_slab.locks += change
-
-    def accumulate(self, param: OffloadedParam, new: torch.Tensor, state: GradState | None) -> None:
-        """Add `new` to the gradient `state` of `param` (None: there is none yet)."""
-        unit = param.unit
-        if new.layout is not torch.strided:
-            raise UnsupportedError(f"{param.name}: sparse gradients cannot be offloaded")
-        if new.requires_grad:
-            raise UnsupportedError(
-                f"backward(create_graph=True) through {param.name}: the gradient of a gradient "
-                "cannot be spilled; use torch.autograd.grad for it"
-            )
-        if state is None:
-            self.set_grad(param, new)
-        else:
-            param.param.grad = GradHandle(state)
-            view = self.modify_grad(param)
-            if state.zero:
-                view.zero_()
-            for factor in state.factors:
-                view.mul_(factor)
-            view.add_(new)
-            state.zero = False
-            state.factors.clear()
-            state.norms.clear()
-        unit.arrived.add(param)
-        if len(unit.arrived) >= unit.expected:
-            self.end_unit_backward(unit)
-
-    def set_grad(self, param: OffloadedParam, value: torch.Tensor) -> None:
-        """Make `value` the gradient of `param`."""
-        if not param.trainable:
-            raise UnsupportedError(
-                f"{param.name} has a gradient but did not require one when the model was wrapped; "
-                "offload.unwrap() and wrap the model again"
-            )
-        unit, slab = param.unit, self._gradients(param.unit)
-        self.settle(unit)
-        if slab.residency is not Residency.ABSENT and unit.grads_wanted():
-            self.mover.fetch(slab)
-            self.mover.settle(slab)
-            self.mover.mark_dirty(slab)
-        else:
-            self.mover.hold_new(slab)
-        param.view(slab).copy_(value)
-        param.param.grad = GradHandle(GradState(param))
-
-    def _gradients(self, unit: Unit) -> Slab:
-        if unit.grad_slab is None:
-            raise OffloadError(f"{unit.name} has no gradient slab (internal error)")
-        return unit.grad_slab
-
-    def end_unit_backward(self, unit: Unit, complete: bool = True) -> None:
-        """All gradients that this backward has for `unit` are in its slab, if `complete`."""
-        if unit.arrived:
-            taken = {param for param in unit.arrived if param.consumer is not None}
-            unit.unconsumed |= taken
-            if not complete or len(taken) < len(unit.arrived):
-                self._store_grads(unit)
-            unit.expected = len(unit.arrived)
-            unit.arrived = set()
-        if complete:
-            self._hand_over_grads(unit)  # while the unit is still held
-        if unit.in_backward:
-            unit.in_backward = False
-            self.in_backward.pop(unit, None)
-            self._lock_for_backward(unit, -1)
-        self._rest(unit)
-
-    def _hand_over_grads(self, unit: Unit) -> None:
-        """Let the consumers of the gradients that have come take them."""
-        fresh: dict[Consumer, list[OffloadedParam]] = {}
-        for param in unit.params:
-            if param in unit.unconsumed and param.consumer is not None:
-                fresh.setdefault(param.consumer, []).append(param)
-        unit.unconsumed = set()
-        for consume, params in fresh.items():
-            consume(params)
-
-    def _store_grads(self, unit: Unit) -> None:
-        """Send the gradients that have arrived on their way to disk."""
-        slab = self._gradients(unit)
-        if slab.pinned:
-            return
-        for param in unit.arrived:
-            state = param.grad_state
-            if state is not None:
-                state.note_norms(param.view(slab), self.norm_orders)
-        self.mover.write_back(slab)
-
-    def read_grad(self, param: OffloadedParam) -> torch.Tensor:
-        """Return the bytes of a gradient in the slab, to be read at once."""
-        slab = self._gradients(param.unit)
-        if slab.residency is Residency.ABSENT:
-            raise SpilledTensorError(f"the gradient of {param.name} no longer exists")
-        self.mover.fetch(slab)
-        return param.view(slab)
-
-    def modify_grad(self, param: OffloadedParam) -> torch.Tensor:
-        """Return the bytes of a gradient in the slab, to be changed at once."""
-        slab = self._gradients(param.unit)
-        self.settle(param.unit)  # an update in flight reads them
-        view = self.read_grad(param)
-        self.mover.settle(slab)
-        self.mover.mark_dirty(slab)
-        return view
-
     # -- updates --------------------------------------------------------------------------------
 
     def begin_update(
@@ -373,7 +241,7 @@ class RuntimeContext:
         if unit.holders or unit.written:
             refresh_masters(self, unit)
         whole = len(segments) == len(unit.trainable)
-        state, grads = self.state_of(unit).of(layout, whole=whole), self._gradients(unit)
+        state, grads = self.state_of(unit).of(layout, whole=whole), self.gradients.slab(unit)
         self.detach(unit)
 
         def prepare(params: _native.UpdateOperand) -> partial[_native.Transfer]:
@@ -419,8 +287,8 @@ class RuntimeContext:
         for unit in self.updates.running:
             self.settle(unit)
             return True
-        for unit in self.in_backward:
-            self.end_unit_backward_partially(unit)
+        for unit in self.gradients.in_backward:
+            self.gradients.end_unit_backward_partially(unit)
             return True
         for scope in self.scopes.mine:
             if scope.touched:
@@ -440,19 +308,7 @@ class RuntimeContext:
             if self.scopes.none_open:
                 unit.param_slab.locks -= unit.forward_locks
                 unit.forward_locks = 0
-            self.end_unit_backward_partially(unit)
-
-    def end_unit_backward_partially(self, unit: Unit) -> None:
-        """End a backward in which not all gradients came; how many will come is not learnt."""
-        expected = unit.expected
-        self.end_unit_backward(unit, complete=False)
-        unit.expected = expected
-
-    def end_backward(self) -> None:
-        """A whole backward pass is over."""
-        for unit in self.units:
-            if unit.in_backward or unit.arrived or unit.unconsumed:
-                self.end_unit_backward(unit)
+            self.gradients.end_unit_backward_partially(unit)
 
     @contextmanager
     def held(self, unit: Unit) -> Iterator[None]:
@@ -465,7 +321,7 @@ class RuntimeContext:
         finally:
             unit.param_slab.locks -= 1
             unit.forward_locks -= 1
-            self._rest(unit)
+            self.rest(unit)
 
     def hold(self, unit: Unit) -> None:
         """Attach `unit` until let_go(), whatever else uses it meanwhile."""
@@ -481,7 +337,7 @@ class RuntimeContext:
         """End what hold() began."""
         unit.param_slab.locks -= 1
         unit.holders -= 1
-        self._rest(unit)
+        self.rest(unit)
 
     def close(self) -> None:
         """Finish what is pending and give everything back. Idempotent."""

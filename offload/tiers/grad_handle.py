@@ -76,7 +76,7 @@ class GradState:
         context = self.owner.context
         with context.lock:
             if order not in self.norms:
-                context.norm_orders.add(order)
+                context.gradients.norm_orders.add(order)
                 self.norms[order] = torch.linalg.vector_norm(self._view(), order)
             return self.norms[order].clone()
 
@@ -111,13 +111,13 @@ class GradState:
         if value is self.real:
             return
         with self.owner.context.lock:
-            self.owner.context.modify_grad(self.owner).copy_(value)
+            self.owner.context.gradients.modify(self.owner).copy_(value)
         self.zero = False
         self.factors.clear()
         self.norms.clear()
 
     def _view(self) -> torch.Tensor:
-        return self.owner.context.read_grad(self.owner)
+        return self.owner.context.gradients.read(self.owner)
 
     def _check(self) -> None:
         if self.real is None and self.owner.grad_state is not self:

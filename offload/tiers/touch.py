@@ -152,7 +152,7 @@ def _fetched(
         return func(*tree_map(_real, args), **tree_map(_real, kwargs))
     if torch._C._current_graph_task_id() != -1 and torch.is_grad_enabled():
         for unit in units:
-            context.begin_backward(unit)
+            context.gradients.begin_backward(unit)
         with _all_held(context, units), context.saved_hooks():
             return func(*tree_map(_real, args), **tree_map(_real, kwargs))
     names = ", ".join(param.name for param in params)

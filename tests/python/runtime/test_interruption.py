@@ -77,7 +77,7 @@ def test_an_interrupted_model_gives_its_memory_back(tmp_path: Path) -> None:
     model(TOKENS).square().sum().backward()
     context = model._offload_wrapped.context
     assert context.scopes.none_open
-    assert not context.in_backward
+    assert not context.gradients.in_backward
     assert all(unit.param_slab.locks == 0 for unit in context.units)
     assert torch._C._autograd._top_saved_tensors_default_hooks(True) is None
 
