@@ -15,12 +15,24 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import starmap
+from typing import Any
 
 from offload import _native
 from offload.errors import BudgetError, OffloadError, TransferCancelledError
 from offload.tiers.slab import Residency, Slab
 
 NEVER = 1 << 60
+
+
+@dataclass
+class _Starting:
+    """A transfer that is being started."""
+
+    slab: Slab
+    is_write: bool
+    started: list[_native.Transfer] = field(default_factory=list)
 
 
 class Mover:
@@ -55,6 +67,7 @@ class Mover:
         self._process = os.getpid()
         self._spillable: dict[Slab, None] = {}  # unpinned slabs with memory, oldest first
         self._pending: dict[Slab, None] = {}  # slabs with a transfer in flight
+        self._starting: _Starting | None = None
 
     # -- what users of a slab call ------------------------------------------------------------
 
@@ -68,6 +81,7 @@ class Mover:
 
     def fetch(self, slab: Slab) -> None:
         """Have the current bytes of `slab` in memory; waits for the disk when they are not."""
+        self._note_started()
         if slab.residency is Residency.HOST and slab.pending is None:
             return
         if slab.pending is not None and not slab.pending_write:
@@ -87,6 +101,7 @@ class Mover:
 
         Returns False when there is no room that may be taken.
         """
+        self._note_started()
         if slab.lease is not None or slab.residency is not Residency.DISK:
             return True
         if not self.take_ahead(slab, use):
@@ -115,16 +130,14 @@ class Mover:
 
     def write_back(self, slab: Slab) -> None:
         """Start writing a dirty slab; it stays in memory and is clean once that is done."""
+        self._note_started()
         if slab.pinned or not slab.dirty or slab.pending is not None:
             return
         if slab.swap_object is None and self.find_place is not None:
             slab.swap_object = self.find_place(slab)
         if self.store is None or slab.swap_object is None or slab.lease is None:
             raise OffloadError(f"{slab.name} has no place on disk (internal error)")
-        slab.pending = self.store.write(slab.swap_object, slab.lease, slab.nbytes)
-        slab.pending_write = True
-        self.written_bytes += slab.nbytes
-        self._pending[slab] = None
+        self._start(slab, True, self.store.write, slab.swap_object, slab.lease, slab.nbytes)
 
     def settle(self, slab: Slab) -> None:
         """Wait until no transfer of `slab` is in flight."""
@@ -159,6 +172,7 @@ class Mover:
     def poll(self) -> None:
         """Take note of transfers that are done. Raises the error of one that failed."""
         self.check_process()
+        self._note_started()
         for slab in list(self._pending):
             if slab.pending is not None and slab.pending.done():
                 self._finish(slab)
@@ -267,16 +281,43 @@ class Mover:
         if self.store is None or slab.swap_object is None or slab.lease is None:
             raise OffloadError(f"{slab.name} has no place on disk (internal error)")
         try:
-            slab.pending = self.store.read(slab.swap_object, slab.lease, slab.nbytes, demand)
+            self._start(
+                slab, False, self.store.read, slab.swap_object, slab.lease, slab.nbytes, demand
+            )
         except OffloadError:
             self._drop(slab)  # nothing was read
             raise
-        slab.pending_write = False
-        self.read_bytes += slab.nbytes
-        self._pending[slab] = None
+
+    def _start(
+        self, slab: Slab, is_write: bool, transfer: Callable[..., _native.Transfer], *args: Any
+    ) -> None:
+        """Start a transfer of `slab` and note it.
+
+        Signal handlers run between C functions: Ctrl-C comes before it is started, or after it is
+        in the list, from where whatever the mover does next notes it.
+        """
+        self._starting = _Starting(slab, is_write)
+        self._starting.started.extend(starmap(transfer, (args,)))
+        self._note_started()
+
+    def _note_started(self) -> None:
+        starting = self._starting
+        if starting is None:
+            return
+        slab = starting.slab
+        for transfer in starting.started:
+            slab.pending = transfer
+            slab.pending_write = starting.is_write
+            self._pending[slab] = None
+        self._starting = None
+        if starting.started and starting.is_write:
+            self.written_bytes += slab.nbytes
+        elif starting.started:
+            self.read_bytes += slab.nbytes
 
     def _finish(self, slab: Slab, why: str | None = None) -> None:
         """Wait for the slab's transfer, if any, and take note of its outcome."""
+        self._note_started()
         transfer = slab.pending
         if transfer is None:
             return

@@ -1,0 +1,69 @@
+"""Ctrl-C on any line between the start of a transfer and its being noted: nothing is lost."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import training as t
+
+from offload.tiers.mover import Mover
+from offload.tiers.slab import Residency
+from offload.tiers.unit import SpilledParameter, owner_of
+
+TRACED = {Mover._start.__code__, Mover._note_started.__code__}
+LINES = 24
+"""More than a write and a read execute of them."""
+
+
+class Interrupter:
+    """Raises KeyboardInterrupt before one line of the traced functions."""
+
+    def __init__(self, line: int) -> None:
+        self.left = line
+
+    def __call__(self, frame: FrameType, event: str, argument: Any) -> Any:
+        if frame.f_code not in TRACED:
+            return None
+        if event == "line" and self.left >= 0:
+            self.left -= 1
+            if self.left < 0:
+                raise KeyboardInterrupt
+        return self
+
+
+def test_a_written_parameter_survives(tmp_path: Path) -> None:
+    model = t.wrapped(t.Stack, tmp_path, t.least_budget(t.Stack))
+    param = next(p for p in model.parameters() if isinstance(p, SpilledParameter) and p.ndim == 2)
+    owner = owner_of(param)
+    assert owner is not None
+    context, slab = owner.context, owner.unit.param_slab
+    interrupted = []
+    for line in range(LINES):
+        before = param.clone()
+        interrupter = Interrupter(line)
+        sys.settrace(interrupter)
+        try:
+            with torch.no_grad():
+                param.add_(1.0)  # fetched, changed, on its way to disk
+            context.mover.settle(slab)
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(None)
+        interrupted.append(interrupter.left < 0)
+        context.recover()
+        with context.lock:
+            context.mover.write_back(slab)
+            context.mover.settle(slab)
+            assert slab.locks == 0, line
+            assert not slab.dirty, line
+            if slab.residency is Residency.HOST:
+                context.mover.evict(slab)
+        after = param.clone()
+        assert torch.equal(after, before) or torch.equal(after, before + 1.0), line
+    assert interrupted[0]
+    assert not interrupted[-1]
