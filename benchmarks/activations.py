@@ -7,8 +7,8 @@ its own; they take one step each in turn, so that what else the machine does mee
     python benchmarks/activations.py --from results/activations.json --plot activations.png
 
 The limit of a mode is what no implementation of it could beat: the plain step; for "recompute" with
-the forward once more; where bytes go to disk, each half of the step takes no less than what the
-disk, measured right after, needs for its bytes.
+about the forward once more; where bytes go to disk, each half of the step takes no less than what
+the disk, measured right after, needs for its bytes.
 """
 
 from __future__ import annotations
