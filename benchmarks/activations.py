@@ -7,8 +7,8 @@ its own; they take one step each in turn, so that what else the machine does mee
     python benchmarks/activations.py --from results/activations.json --plot activations.png
 
 The limit of a mode is what no implementation of it could beat: the plain step; for "recompute" with
-the forward once more; where bytes go to disk, each half of the step takes no less than what the
-disk, measured right after, needs for its bytes.
+about the forward once more; where bytes go to disk, each half of the step takes no less than what
+the disk, measured right after, needs for its bytes.
 """
 
 from __future__ import annotations
@@ -30,6 +30,9 @@ from worker import Worker
 MODES = ("plain", "keep", "host", "disk", "recompute", "auto")
 _RATE_BYTES = 256 << 20
 _MIB = 2**20
+_MALLOC = {"MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "262144"}
+"""Of every contestant. Else glibc raises these as it goes, and keeps what tensors gave back: a heap
+with holes, whose size is that of its history and not of what is in use."""
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -95,6 +98,7 @@ def run(options: argparse.Namespace) -> tuple[dict[str, list[dict[str, Any]]], i
                     "activations_contestant",
                     Path(folder, f"{mode}.log"),
                     settings(options, mode),
+                    _MALLOC,
                 )
             )
             for mode in options.modes
@@ -190,7 +194,8 @@ def draw(rows: Sequence[dict[str, Any]], title: str, path: str) -> None:
     seconds.bar(modes, step, color="#c8965a", yerr=spread, capsize=3, label="median, min to max")
     seconds.plot(modes, [row["limit_s"] for row in rows], "k_", markersize=22, label="limit")
     seconds.set_ylabel("step, s")
-    seconds.legend(loc="lower right", framealpha=1)
+    seconds.legend(loc="upper left", framealpha=1)
+    seconds.set_ylim(0, 1.25 * max(row["max_s"] for row in rows))
     for axis in (memory, seconds):
         axis.spines[["top", "right"]].set_visible(False)
         axis.margins(y=0.1)

@@ -76,7 +76,8 @@ class ActivationHome:
             space: None: nothing can live on disk.
             lock: held around every operation.
             eager: write what is saved before it is known whether the arena can hold it.
-            leaves: leave alone what fits nowhere, instead of refusing it.
+            leaves: leave alone what fits nowhere or takes more than half of the arena, instead of
+                refusing it.
             owns_space: close() closes it.
         """
         store = space.store if space is not None else None
@@ -223,7 +224,9 @@ class ActivationHome:
         saved.shift = (storage.data_ptr() + begin) % _ALIGNMENT
         nbytes = end - begin + saved.shift
         name = f"an activation ({tensor.dtype} {list(tensor.shape)})"
-        if nbytes > self.arena_bytes:
+        # Of a larger part it is not sure that it can come back while others are in use.
+        most = self.arena_bytes // 2 if self._leaves else self.arena_bytes
+        if nbytes > most:
             raise BudgetError(
                 f"no room for {name}: {nbytes} bytes are needed, of {self.arena_bytes} for "
                 "activations; raise Policy(activation_bytes=...)"

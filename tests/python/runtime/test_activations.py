@@ -155,7 +155,9 @@ def moved(make: t.Model, folder: Path, mode: str, **policy: object) -> tuple[nn.
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", MODELS)
 def test_training_is_exact(name: str, mode: str, tmp_path: Path) -> None:
-    model, outcome = moved(MODELS[name], tmp_path, mode)
+    # The workspace of one LSTM is 6 MB.
+    room = {"activation_bytes": "16MiB"} if name == "lstm" and mode != "keep" else {}
+    model, outcome = moved(MODELS[name], tmp_path, mode, **room)
     t.assert_same(plain(MODELS[name]), outcome)
     report = offload.report(model).as_dict()
     assert report["arena_peak_bytes"] <= 64 * MIB
