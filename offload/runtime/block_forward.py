@@ -100,7 +100,7 @@ class BlockForward:
             by_name = dict(zip(names, values[count:], strict=True))
             if first:
                 first = False
-                with self._saved.active():  # above checkpoint's, as in the recomputation
+                with self._saved.active(show=False):  # above checkpoint's, as in the recomputation
                     return self._forward(*values[:count], **by_name)
             with self._hooks.running(self.module), _swapped(before):
                 return self._forward(*values[:count], **by_name)

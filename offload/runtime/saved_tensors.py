@@ -116,9 +116,9 @@ class SavedTensorHooks:
         return getattr(top[0], "marker", None) is not self._marker or top[0].passes_on  # type: ignore[attr-defined]
 
     @contextmanager
-    def active(self) -> Iterator[None]:
-        """Have the hooks active within a block, showing all to those that were active before."""
-        pushed = self.push(show=True)
+    def active(self, show: bool = True) -> Iterator[None]:
+        """Have the hooks active within a block; see push()."""
+        pushed = self.push(show)
         try:
             yield
         finally:
