@@ -16,6 +16,7 @@ _PRELUDE = """
 import json, resource, sys
 from pathlib import Path
 import torch
+import torch._dynamo  # as wrap() does
 from torch import nn
 import offload
 
