@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from offload import _native
+from offload.optim.huge_pages import collapse
 from offload.tiers.context import RuntimeContext
 from offload.tiers.state_home import StateHome, page_bytes
 from offload.tiers.state_layout import MASTER, StateArray, StateLayout
@@ -173,6 +174,8 @@ class MemoryState(ParamState):
             stride = (1,) if array.per > 1 else self._stride
             if tensor.dtype is not array.dtype or tensor.stride() != stride:
                 self.begin(array, (tensor if array.per > 1 else self.flat(tensor)).to(array.dtype))
+        if self.bound is None and self.owner is None:
+            collapse(self.param.detach())
         self.bound = Bound(layout, self.state)
 
     def is_bound(self) -> bool:
