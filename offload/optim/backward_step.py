@@ -1,8 +1,9 @@
 """Stepping inside the backward: each gradient is applied as soon as it is there, and not kept.
 
 Protocol, for an optimizer with ``step_in_backward=True``:
- 1. a plain parameter is updated when autograd has accumulated its gradient; those of a wrapped
-    model when the gradients of their unit are complete. Hyperparameters are read then.
+ 1. a parameter in memory is updated when autograd has accumulated its gradient; those of a
+    wrapped model that moves when the gradients of their unit are complete. Hyperparameters are
+    read then.
  2. ``p.grad`` becomes a SpentGrad, which refuses to be read: clipping and scaling need gradients
     that are kept. Another gradient before step() is refused too.
  3. step() has nothing left to update; it ends the step, so that the next backward is another one.
@@ -47,7 +48,8 @@ class BackwardSteps:
             _step(apply, name, [owner.param for owner in owners])
 
         def after_accumulation(param: torch.Tensor) -> None:
-            if owner_of(param) is None:
+            owner = owner_of(param)
+            if owner is None or owner.context.resident:
                 _step(apply, name, [param])
 
         for param in params:

@@ -24,7 +24,14 @@ from offload.errors import OffloadError, UnsupportedError
 from offload.optim.backward_step import BackwardSteps, end_backward_step, spend
 from offload.optim.begin_state import begin_state, provide_state
 from offload.optim.memory_update import MemoryUpdater
-from offload.optim.param_state import MemoryState, ParamState, SlabState, UnitState
+from offload.optim.param_state import (
+    MemoryState,
+    ParamState,
+    ResidentState,
+    SlabState,
+    UnitState,
+)
+from offload.optim.resident_update import update_resident
 from offload.optim.slab_update import update_slabs
 from offload.optim.state_dict import loading, packing, scalar_dtype
 from offload.optim.unit_update import update_units
@@ -271,6 +278,8 @@ class OffloadOptimizer(Optimizer):
                 kept = MemoryState(param, number, self.state)
             elif owner is None:
                 kept = SlabState(param, number, self._own_home())
+            elif self._policy is None and owner.context.resident:
+                kept = ResidentState(owner, number)
             elif self._policy is None:
                 kept = UnitState(owner, number)
             else:
@@ -331,6 +340,7 @@ class OffloadOptimizer(Optimizer):
             by_place.setdefault(type(update.kept), []).append(update)
         update_units(by_place.get(UnitState, []), self.seed, at_once)
         update_slabs(by_place.get(SlabState, []), self.seed)
+        update_resident(by_place.get(ResidentState, []), self.seed, self._memory)
         self._memory.run(by_place.get(MemoryState, []), self.seed)
 
     # -- state_dict and copies ------------------------------------------------------------------

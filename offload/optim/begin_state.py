@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from offload.optim.param_state import MemoryState, ParamState, SlabState, UnitState
+from offload.optim.param_state import MemoryState, ParamState, ResidentState, SlabState, UnitState
 from offload.optim.rule import Rule
 from offload.optim.state_codec import encode
 from offload.tiers.state_layout import StateArray, StateLayout
@@ -68,7 +68,7 @@ def begin_state(
         if scale is not None:
             kept.begin(scale, scales)
         kept.fresh = True
-    if isinstance(kept, MemoryState):
+    if isinstance(kept, MemoryState | ResidentState):
         kept.bind(layout)
     kept.layout = layout
 

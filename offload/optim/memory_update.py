@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from offload import _native
 from offload.errors import OffloadError
-from offload.optim.param_state import Bound, MemoryState, ParamState
+from offload.optim.param_state import Bound, MemoryState, ParamState, ResidentState
 from offload.optim.update import Operands, Update, borrowed
 from offload.tiers.cpu_share import cpu_share
 
@@ -84,6 +84,6 @@ class MemoryUpdater:
 
 
 def _bound(kept: ParamState) -> Bound:
-    if not isinstance(kept, MemoryState) or kept.bound is None:
+    if not isinstance(kept, MemoryState | ResidentState) or kept.bound is None:
         raise OffloadError("the state is not in ordinary memory (internal error)")
     return kept.bound

@@ -331,6 +331,16 @@ class UnitState(ParamState):
         return self.owner.stride
 
 
+class ResidentState(UnitState):
+    """State in the slabs of a unit that never leaves memory: it is updated in place."""
+
+    bound: Bound | None = None
+
+    def bind(self, layout: StateLayout) -> None:
+        """Have the memory of what `layout` names, which was begun, as the native core needs it."""
+        self.bound = Bound(layout, {a.name: self.run.alias(self.tenant, a) for a in layout.arrays})
+
+
 def _elements(kept: MemoryState | SlabState) -> torch.Tensor:
     """Return the elements of a parameter in ordinary memory, flat: an alias if that is possible."""
     value = kept.param.detach()

@@ -112,12 +112,13 @@ class WrappedModel:
         for module in list(self.model.modules()):  # those around a unit that use its weights
             if any(child in uses for child in module.modules()):
                 uses.setdefault(module, [])
-        for module, needed in uses.items():
-            self._forward.add(module, needed)
-        for unit in units:
-            with self.context.held(unit):
-                for param in unit.trainable:
-                    self._backward.add(param)
+        if not self.context.resident:
+            for module, needed in uses.items():
+                self._forward.add(module, needed)
+            for unit in units:
+                with self.context.held(unit):
+                    for param in unit.trainable:
+                        self._backward.add(param)
         self._handles += self._forward.handles + self._backward.handles
         self._handles += add_state_dict_hooks(self.model, self.context)
         for module in self.model.modules():
@@ -153,6 +154,7 @@ class WrappedModel:
         """Give every parameter that was taken over a tensor of its own."""
         for unit in self.context.units:
             with self.context.held(unit):
+                self.context.note_changes(unit)
                 copies = [param.view(unit.param_slab).clone() for param in unit.params]
             for param, copy in zip(unit.params, copies, strict=True):
                 if type(param.param) is SpilledParameter:

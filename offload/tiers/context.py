@@ -46,6 +46,8 @@ class RuntimeContext:
         space: the swap space that its slabs on disk live in; None: nothing spills.
         state_home: StateHome.of_context() makes it.
         activations: where saved activations are; None: autograd keeps them.
+        resident: everything stays in memory, so parameters and gradients are ordinary tensors
+            throughout: nobody has to be told of a use, and no hooks are needed.
         reading_out: detach() of a spilled parameter returns a copy (state_dict is being made).
         saved_hooks: a context in which autograd saves no parameter that is about to be detached.
     """
@@ -63,6 +65,7 @@ class RuntimeContext:
         self.plan = plan
         self.store = mover.store
         self.space = space
+        self.resident = space is None and policy.activations == "keep"
         self.state_home: StateHome | None = None
         self.activations: ActivationHome | None = None
         self.pipeline = pipeline
@@ -208,7 +211,7 @@ class RuntimeContext:
             p
             for p in unit.params
             if type(p.param) is not SpilledParameter
-            and p.param.data_ptr() not in (p.view(slab).data_ptr(), p.placeholder.data_ptr())
+            and p.param.data_ptr() not in (p.address(slab), p.placeholder.data_ptr())
         ]
         for param in replaced:  # by assigning to .data
             param.view(slab).copy_(param.param.data)
@@ -220,6 +223,17 @@ class RuntimeContext:
             self.mover.mark_dirty(unit.param_slab)
 
     # -- updates --------------------------------------------------------------------------------
+
+    def begin_resident_update(self, unit: Unit) -> None:
+        """See to it that the unit's slabs hold what an update in place starts from."""
+        self.note_changes(unit)
+        if unit.holders or unit.written:
+            refresh_masters(self, unit)
+
+    def end_resident_update(self, unit: Unit) -> None:
+        """The unit's parameters were updated in place."""
+        unit.version += 1
+        self._note_version(unit)
 
     def begin_update(
         self,

@@ -64,6 +64,13 @@ class Slab:
         """Whether the content still means anything to anybody."""
         return self.live is None or self.live()
 
+    @property
+    def address(self) -> int:
+        """Of its memory."""
+        if self.lease is None:
+            raise OffloadError(f"{self.name} is not in memory (internal error)")
+        return self.lease.address
+
     def view(
         self, offset: int, shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype
     ) -> torch.Tensor:

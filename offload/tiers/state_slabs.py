@@ -110,6 +110,10 @@ class StateSlabs:
         whole = self.home.copy_out(slab).view(array.dtype)
         return whole[self._range(tenant, array)].clone()
 
+    def alias(self, tenant: Tenant, array: StateArray) -> torch.Tensor:
+        """Return the memory of what `array`, whose slab is pinned, holds for `tenant`, flat."""
+        return self._part(self._held(self._slabs[array]), tenant, array)
+
     def write(self, tenant: Tenant, array: StateArray, values: torch.Tensor) -> None:
         """Replace what `array` holds for `tenant` by `values`, flat."""
         slab = self._slabs[array]

@@ -117,6 +117,10 @@ class OffloadedParam:
         """Return this parameter's part of one of its unit's slabs."""
         return slab.view(self.offset, self.shape, self.stride, self.dtype)
 
+    def address(self, slab: Slab) -> int:
+        """Return where view() of a slab in memory begins; of nothing, 0."""
+        return slab.address + self.offset if self.numel else 0
+
     @property
     def first(self) -> int:
         """Its first element in the unit's slabs."""
