@@ -1,11 +1,11 @@
 """The swap store against fio and DeepSpeed's async_io: bytes per second and CPU time per byte.
 
 Reads, writes and the optimizer pipeline's mix of both, all contestants on the same 4 GiB (the
-store's unnamed file), all O_DIRECT, taking turns in an order that rotates. The mix is four reads for
-three writes; beside it, without a bar, is the pipeline itself, which updates what it moves. fio runs at
-the store's block size and depth (1 MiB, 16), with the engine and buffers that trials before each
-comparison found fastest; the settings of DeepSpeed's handle and the size of its tensors are chosen
-likewise.
+store's unnamed file), all O_DIRECT, taking turns in an order that rotates. The mix is four reads
+for three writes; beside it, without a bar, is the pipeline itself, which updates what it moves. fio
+runs at the store's block size and depth (1 MiB, 16), with the engine and buffers that trials before
+each comparison found fastest; the settings of DeepSpeed's handle and the size of its tensors are
+chosen likewise.
 
 How fast a disk is can depend on how much memory the transfers rotate over: under a virtual machine
 the host copies, and what was used a moment ago is in its cache. fio's buffers are depth x block,
