@@ -1,9 +1,10 @@
 """The swap store under load: reads, writes, and the optimizer pipeline's mix of both.
 
 Objects of equal size fill the store; four of them are a unit: parameters, gradients, two moments.
-Reads and writes go through whole objects in turn, LEASES of them in flight, through as many buffers
-of an object's size. The mix is a real optimizer update of unit after unit: per chunk four reads,
-and three writes into other slots.
+Transfers go through whole objects in turn, LEASES of them in flight, through as many buffers of an
+object's size: reads, writes, or the mix, which is the four reads and three writes of unit after
+unit. With "update", the mix is what it is for: a real optimizer update of each unit by the
+pipeline, in chunks of a block, which waits for arithmetic too.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ from __future__ import annotations
 import itertools
 import os
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,6 +27,7 @@ from offload.optim.aten_rounding import aten_rounding
 LEASES = 3
 JOBS = 4
 STAGING_BLOCKS = 32
+Start = Callable[[_native.Lease, int], _native.Transfer]
 
 
 def open_store(folder: str) -> _native.SwapStore:
@@ -57,9 +60,10 @@ class StoreLoad:
                 generator=generator,
                 out=torch.frombuffer(lease, dtype=torch.float32)[: self.nbytes // 4],
             )
-        self._write_all()
+        self.write_all()
 
-    def _write_all(self) -> None:
+    def write_all(self) -> None:
+        """Writes every object: peers write to the file too."""
         for number, item in enumerate(self.objects):
             self.store.write(item, self.leases[number % LEASES], self.nbytes).wait()
 
@@ -75,14 +79,12 @@ class StoreLoad:
         raise SystemExit(f"{self.folder}: the swap file has a name")
 
     def measure(self, request: Json) -> Measurement:
-        """One measurement of request["workload"], on objects that the peers have overwritten."""
-        self._write_all()
+        """One measurement of request["workload"], after a write_all()."""
         meter = Meter(request["seconds"], self._progress)
-        if request["workload"] == "mix":
+        if request.get("update", False):
             self._update_units(meter)
         else:
-            transfer = self.store.read if request["workload"] == "read" else self.store.write
-            self._move_objects(meter, transfer)
+            self._move_objects(meter, self._transfers(request["workload"]))
         if self.store.stats()["failed"] > 0:
             raise SystemExit("requests of the swap store failed")
         return meter.result()
@@ -97,20 +99,37 @@ class StoreLoad:
         computing = self.pipeline.stats()["update_seconds"]
         return Progress(stats["bytes_read"], stats["bytes_written"], computing)
 
-    def _move_objects(
-        self, meter: Meter, transfer: Callable[[int, _native.Lease, int], _native.Transfer]
-    ) -> None:
+    def _transfers(self, workload: str) -> Iterator[Start]:
+        """What to start, one after the other, for ever; in the mix every read before its write."""
+        read, write = self.store.read, self.store.write
         objects = itertools.cycle(self.objects)
-        in_flight = deque(
-            (lease, transfer(next(objects), lease, self.nbytes)) for lease in self.leases
+        if workload != "mix":
+            transfer = read if workload == "read" else write
+            return (partial(transfer, item) for item in objects)
+        units = zip(objects, objects, objects, objects, strict=True)
+        following, leading = itertools.tee(units)
+        next(leading)
+        return (
+            start
+            for (_, *changed), (param, *others) in zip(following, leading, strict=True)
+            for start in (
+                partial(read, param),
+                *itertools.chain.from_iterable(
+                    (partial(write, old), partial(read, new))
+                    for old, new in zip(changed, others, strict=True)
+                ),
+            )
         )
+
+    def _move_objects(self, meter: Meter, transfers: Iterator[Start]) -> None:
+        in_flight = deque((lease, next(transfers)(lease, self.nbytes)) for lease in self.leases)
         running = True
         while in_flight:
             lease, oldest = in_flight.popleft()
             oldest.wait()
             running = running and meter.running()
             if running:
-                in_flight.append((lease, transfer(next(objects), lease, self.nbytes)))
+                in_flight.append((lease, next(transfers)(lease, self.nbytes)))
 
     def _update_units(self, meter: Meter) -> None:
         units = itertools.cycle(range(0, len(self.objects), 4))
@@ -144,7 +163,14 @@ def _prepare(settings: Json) -> tuple[Json, Answer, Callable[[], None]]:
         "why": load.store.engine_reason,
         "file": load.file(),
     }
-    return about, lambda request: asdict(load.measure(request)), load.close
+
+    def answer(request: Json) -> Json:
+        if request["workload"] == "write all":
+            load.write_all()
+            return {}
+        return asdict(load.measure(request))
+
+    return about, answer, load.close
 
 
 if __name__ == "__main__":
