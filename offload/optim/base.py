@@ -46,6 +46,7 @@ class OffloadOptimizer(Optimizer):
         TORCH: the class of torch that the subclass replaces; it checks hyperparameters.
         NAMES: of all states that the rule can have, as in torch, in the native rule's order.
         BEGINS_AT_ONCE: torch makes the state in the constructor; a state_dict shows it.
+        keeps_masters: 16-bit parameters are updated through fp32 copies.
         state_format: the format that states are kept in.
         seed: of the stochastic rounding of bfloat16 states.
     """
@@ -53,6 +54,7 @@ class OffloadOptimizer(Optimizer):
     TORCH: ClassVar[type[Optimizer] | None] = None
     NAMES: ClassVar[tuple[str, ...]] = ()
     BEGINS_AT_ONCE: ClassVar[bool] = False
+    keeps_masters: ClassVar[bool] = True
 
     def __init__(
         self,
