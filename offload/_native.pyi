@@ -266,6 +266,9 @@ class UpdateHyper:
         first: bool = False,
         rounding: AtenRounding,
     ) -> None: ...
+    unscale: float
+    """Multiplied onto the gradient of a 16-bit parameter in fp32, after all factors."""
+
     @property
     def state_count(self) -> int:
         """The states of the rule, in the order of torch's names.

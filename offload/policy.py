@@ -23,6 +23,8 @@ _UNITS = {
 }
 ACTIVATIONS = ("keep", "host", "disk", "recompute", "auto")
 """What ``Policy.activations`` may be."""
+PARAM_DTYPES = ("torch.bfloat16", "torch.float16")
+"""What ``Policy.param_dtype`` may be, as torch prints it: this module does not see torch."""
 _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*")
 
 
@@ -114,6 +116,10 @@ class Policy:
             share evenly, and reads and writes are always mixed.
         encrypt_swap: encrypt what is written to disk (AES-256-XTS), with a key that is only in
             memory.
+        param_dtype: ``torch.bfloat16`` or ``torch.float16``: fp32 parameters are kept, fetched and
+            computed with in this dtype, and so are their gradients, while optimizers of
+            ``offload.optim`` update fp32 master weights (`docs/models.md`). ``state_dict()`` and
+            ``unwrap()`` give the fp32 values. None: parameters stay as they are.
         lazy_step: let ``offload.AdamW.step()`` return at once, the update of each unit being done
             in the background before that unit is next used. False: ``step()`` returns when all
             is updated. The results are the same bits.
@@ -143,6 +149,7 @@ class Policy:
     io_block_bytes: int | str = 2**20
     calibrate_disk: bool = True
     encrypt_swap: bool = False
+    param_dtype: object | None = None
     lazy_step: bool = True
     activations: str = "keep"
     activation_bytes: int | str | None = None
@@ -181,6 +188,11 @@ class Policy:
             raise PolicyError(f"Policy(units={self.units!r}): expected a list of module names")
         if self.max_unit_bytes is not None:
             parse_bytes(self.max_unit_bytes, "Policy(max_unit_bytes=...)")
+        if self.param_dtype is not None and str(self.param_dtype) not in PARAM_DTYPES:
+            raise PolicyError(
+                f"Policy(param_dtype={self.param_dtype!r}): expected torch.bfloat16, torch.float16 "
+                "or None; fp32 parameters can be kept in no other dtype"
+            )
         self._check_activations()
 
     def _check_activations(self) -> None:

@@ -159,6 +159,7 @@ void bind_optim(py::module_& m) {
            py::arg("alpha") = 0.0, py::arg("lr_decay") = 0.0, py::arg("step") = 1.0,
            py::arg("maximize") = false, py::arg("amsgrad") = false, py::arg("nesterov") = false,
            py::arg("centered") = false, py::arg("first") = false, py::arg("rounding"))
+      .def_readwrite("unscale", &RuleHyper::unscale)
       .def_property_readonly("state_count", &state_count);
   py::class_<UpdateFormat>(m, "UpdateFormat")
       .def(py::init([](const std::string& param, const std::string& state) {

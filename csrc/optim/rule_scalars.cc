@@ -51,6 +51,7 @@ RuleScalars make_scalars(const RuleHyper& hyper, GradFactors factors, bool fused
   s.has_momentum = hyper.momentum != 0.0;
   s.factors = factors.values;
   s.factor_count = factors.count;
+  s.unscale = hyper.unscale;
   const bool decoupled = hyper.rule == Rule::kAdamW || hyper.rule == Rule::kLion;
   if (hyper.weight_decay != 0.0 && decoupled) {
     s.param_decay = static_cast<float>(1.0 - hyper.lr * hyper.weight_decay);

@@ -57,6 +57,7 @@ struct RuleScalars {
   bool centered;
   const float* factors;
   std::size_t factor_count;
+  float unscale;
 };
 
 [[nodiscard]] RuleScalars make_scalars(const RuleHyper& hyper, GradFactors factors, bool fused);

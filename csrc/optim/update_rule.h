@@ -48,6 +48,9 @@ struct RuleHyper {
   bool centered = false;  // RMSprop: a state grad_avg
   // SGD: the momentum buffer has no value yet and becomes a copy of the gradient.
   bool first = false;
+  // Multiplied onto the gradient of a 16-bit parameter in fp32, after all factors: a loss scale's
+  // inverse. (In its own type, what the scale has kept from underflow would underflow.)
+  float unscale = 1;
   AtenRounding rounding = {};
 };
 

@@ -189,7 +189,8 @@ struct SimdUpdate {
     const UpdateArrays& a = call.arrays;
     alignas(64) float grad[kTile];
     RuleScalars scalars = call.scalars;
-    scalars.factor_count = 0;
+    scalars.factors = &call.scalars.unscale;
+    scalars.factor_count = call.scalars.unscale == 1.0f ? 0 : 1;
     for (std::size_t first = 0; first < a.n; first += kTile) {
       const std::size_t n = std::min(kTile, a.n - first);
       widen_grads<kType>(call.scalars, halves(a.grad, first), grad, n);

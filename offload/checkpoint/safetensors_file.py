@@ -64,10 +64,11 @@ class StoredTensor:
         """Its dtype; None: one that torch does not have."""
         return _DTYPES.get(self.kind)
 
-    def read_into(self, target: torch.Tensor) -> None:
+    def read_into(self, target: torch.Tensor, through: torch.dtype | None = None) -> None:
         """Copy its elements to `target`, of its shape (or as many elements) in CPU memory.
 
         The dtypes may differ, as for ``copy_``; then a few MiB pass through memory of their own.
+        With `through`, they are converted to that dtype before they are to `target`'s.
 
         Raises:
             CheckpointError: the file is shorter than it was, or cannot be read.
@@ -78,7 +79,7 @@ class StoredTensor:
             return
         if not target.is_contiguous():
             whole = torch.empty(target.shape, dtype=target.dtype)
-            self.read_into(whole)
+            self.read_into(whole, through)
             target.copy_(whole)
             return
         flat = target.view(-1)
@@ -88,20 +89,22 @@ class StoredTensor:
                 if flat.dtype is self.dtype:
                     self._read(fd, flat.view(torch.uint8).numpy().data, 0)
                 else:
-                    self._convert(fd, self.dtype, flat)
+                    self._convert(fd, self.dtype, through or self.dtype, flat)
             finally:
                 os.close(fd)
         except OSError as error:
             raise CheckpointError(f"{self.file}: {error.strerror}") from error
 
-    def _convert(self, fd: int, dtype: torch.dtype, flat: torch.Tensor) -> None:
+    def _convert(
+        self, fd: int, dtype: torch.dtype, through: torch.dtype, flat: torch.Tensor
+    ) -> None:
         step = _STAGING_BYTES // dtype.itemsize
         staging = torch.empty(min(step, flat.numel()), dtype=dtype)
         buffer = staging.view(torch.uint8).numpy().data
         for first in range(0, flat.numel(), step):
             part = flat[first : first + step]
             self._read(fd, buffer[: part.numel() * dtype.itemsize], first * dtype.itemsize)
-            part.copy_(staging[: part.numel()])
+            part.copy_(staging[: part.numel()].to(through))
 
     def _read(self, fd: int, buffer: memoryview, start: int) -> None:
         done = 0

@@ -1,7 +1,8 @@
 """load_weights(): a checkpoint's tensors go straight to where a model's parameters live.
 
 1. The files' headers and the model's names, shapes and dtypes are compared; nothing is changed yet.
-2. Unit by unit, the parameters are held in memory and read into, one tensor at a time.
+2. Unit by unit, the parameters are held in memory and read into, one tensor at a time. Of
+   narrowed ones the masters are read before, and then the same bytes again, rounded from fp32.
 3. What is no unit's follows: buffers, and parameters in ordinary memory or scratch memory.
 """
 
@@ -18,6 +19,7 @@ from offload.checkpoint.safetensors_file import StoredTensor, stored_tensors
 from offload.errors import CheckpointError
 from offload.runtime.materialize import UnitsHeld
 from offload.runtime.scratch_memory import region_of
+from offload.tiers.masters import replace_master
 from offload.tiers.unit import Unit, owner_of
 
 _NAMED = 20
@@ -53,9 +55,12 @@ def load_weights(model: nn.Module, path: Path, strict: bool) -> IncompatibleKeys
             units.setdefault(owner.unit, []).append(tensor)
     with torch.no_grad():
         for unit, tensors in units.items():
+            if unit.is_narrowed:
+                for tensor in tensors:
+                    _read_master(chosen[tensor][1], tensor)
             with UnitsHeld(unit.name, [unit]):
                 for tensor in tensors:
-                    _read(chosen[tensor][1], tensor)
+                    _read(chosen[tensor][1], tensor, torch.float32 if unit.is_narrowed else None)
         for tensor in rest:
             region = region_of(tensor)
             if region is not None:
@@ -78,8 +83,15 @@ def _names(model: nn.Module) -> Iterator[tuple[str, torch.Tensor | None]]:
             yield f"{prefix}_extra_state", None
 
 
-def _read(stored: StoredTensor, tensor: torch.Tensor) -> None:
-    stored.read_into(tensor.detach())
+def _read_master(stored: StoredTensor, tensor: torch.Tensor) -> None:
+    owner = owner_of(tensor)
+    if owner is not None:
+        with owner.context.lock:
+            replace_master(owner.context, owner, stored.read_into)
+
+
+def _read(stored: StoredTensor, tensor: torch.Tensor, through: torch.dtype | None = None) -> None:
+    stored.read_into(tensor.detach(), through)
     torch.autograd.graph.increment_version(tensor)
 
 

@@ -22,10 +22,10 @@ class Adafactor(OffloadOptimizer):
     A step depends on rows, columns and norms of a whole parameter, so it is not taken in the
     background: it is done when ``step()`` returns, with the unit of a wrapped model in memory for
     it. The native passes make no tensor of the parameter's size and give torch's bits. Parameters
-    or gradients that are not contiguous are summed up in another order: for these it is torch's own
-    step, temporaries included. The statistics are small and stay in ordinary memory, outside of any
-    budget; the fp32 copy of a 16-bit parameter, on which the step runs, lives where other
-    optimizers' states do.
+    or gradients that are not contiguous are summed up in another order: for these, and for fp16
+    gradients that a GradScaler scaled, it is torch's own step, temporaries included. The
+    statistics are small and stay in ordinary memory, outside of any budget; the fp32 copy of a
+    16-bit parameter, on which the step runs, lives where other optimizers' states do.
 
     Args:
         params: as for any ``torch.optim.Optimizer``.
@@ -107,7 +107,10 @@ class Adafactor(OffloadOptimizer):
         if master is not None:
             stepped = kept.tensor(master) if in_place else kept.shaped(kept.read(master))
         with gradient_and_factors(param, kept.owner) as (grad, factors):
-            if is_native(param, grad) and stepped.is_contiguous():
+            if update.unscale != 1.0:
+                grad = multiplied(grad, factors).to(stepped.dtype) * update.unscale
+                self._take_torch_step(update, stepped, grad)
+            elif is_native(param, grad) and stepped.is_contiguous():
                 narrow = None if master is None else param
                 group, state = self.param_groups[update.group], self.state[param]
                 take_step(group, state, stepped, grad, factors, narrow, update.layout.format)
@@ -116,6 +119,8 @@ class Adafactor(OffloadOptimizer):
         if master is not None and not in_place:
             kept.begin(master, kept.flat(stepped))
         torch.autograd.graph.increment_version(param)
+        if master is not None and kept.owner is not None:
+            kept.owner.context.note_update(kept.owner.unit)
 
     def _take_torch_step(self, update: Update, stepped: torch.Tensor, grad: torch.Tensor) -> None:
         """Take torch's own step on `stepped`, the parameter or its master."""
@@ -125,6 +130,7 @@ class Adafactor(OffloadOptimizer):
         state = {k: v for k, v in self.state.get(param, {}).items() if k != MASTER}
         stepped.grad = grad.to(stepped.dtype)
         step = ClassStep(torch.optim.Adafactor, self)
+        step.attributes.update(grad_scale=None, found_inf=None)  # done, as torch's asks for
         one = step.on({**group, "params": [stepped]}, 0, state or None)
         one.run()
         self.state[param].update(one.state)

@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from offload import _native
 from offload.errors import OffloadError, UnsupportedError
+from offload.optim.amp_scaling import Scaling
 from offload.optim.backward_step import BackwardSteps, end_backward_step, spend
 from offload.optim.begin_state import begin_state, provide_state
 from offload.optim.memory_update import MemoryUpdater
@@ -53,6 +54,7 @@ class OffloadOptimizer(Optimizer):
         TORCH: the class of torch that the subclass replaces; it checks hyperparameters.
         NAMES: of all states that the rule can have, as in torch, in the native rule's order.
         BEGINS_AT_ONCE: torch makes the state in the constructor; a state_dict shows it.
+        keeps_masters: 16-bit parameters are updated through fp32 copies.
         state_format: the format that states are kept in.
         seed: of the stochastic rounding of bfloat16 states.
     """
@@ -60,6 +62,7 @@ class OffloadOptimizer(Optimizer):
     TORCH: ClassVar[type[Optimizer] | None] = None
     NAMES: ClassVar[tuple[str, ...]] = ()
     BEGINS_AT_ONCE: ClassVar[bool] = False
+    keeps_masters: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -134,6 +137,11 @@ class OffloadOptimizer(Optimizer):
         raise NotImplementedError
 
     @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """See Scaling: with it, ``GradScaler.step`` leaves the unscaling to step()."""
+        return any(p.dtype is torch.float16 for group in self.param_groups for p in group["params"])
+
+    @property
     def counts_steps(self) -> bool:
         """Whether ``optimizer.state`` has a "step"."""
         return True
@@ -201,7 +209,13 @@ class OffloadOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._update(self._collect())
+        scaling = Scaling.of(self)
+        if scaling.skips:
+            return loss
+        updates = self._collect()
+        for update in updates:
+            update.unscale = scaling.unscale
+        self._update(updates)
         if self._backward is not None:
             end_backward_step(self.param_groups)
         return loss
@@ -335,6 +349,7 @@ class OffloadOptimizer(Optimizer):
             key = (update.group, update.step, update.kept.fresh)
             if key not in hypers:
                 hypers[key] = self.hyper(self.param_groups[key[0]], key[1], key[2])
+                hypers[key].unscale = update.unscale
             update.hyper = hypers[key]
             update.kept.fresh = False
             by_place.setdefault(type(update.kept), []).append(update)

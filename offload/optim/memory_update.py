@@ -43,7 +43,7 @@ class MemoryUpdater:
                 _native.update(
                     update.hyper,
                     update.layout.format,
-                    [],
+                    update.factors,
                     seed,
                     update.kept.number,
                     0,

@@ -15,6 +15,7 @@ import torch
 
 from offload import _native
 from offload.optim.huge_pages import collapse
+from offload.tiers.changed_values import sync_masters
 from offload.tiers.context import RuntimeContext
 from offload.tiers.state_home import StateHome, page_bytes
 from offload.tiers.state_layout import MASTER, StateArray, StateLayout
@@ -304,13 +305,22 @@ class UnitState(ParamState):
         return array in self.tenant.begun
 
     def begin(self, array: StateArray, values: torch.Tensor | None) -> None:
-        """Fill the parameter's part of the slab; it must have been provided."""
+        """Fill the parameter's part of the slab; it must have been provided.
+
+        A master that does not round to the parameter is not kept, where the model has its own.
+        """
         with self._settled() as tenant:
             self.run.begin(tenant, array, values)
+            if self.owner.is_narrowed and array.name == MASTER:
+                self.owner.unit.written = True
 
     def begin_master(self, array: StateArray) -> None:
-        """Fill the parameter's part of the slab while the parameter is in memory."""
+        """Take over the model's master, or fill the parameter's part of the slab."""
         owner = self.owner
+        if owner.is_narrowed:
+            with self._settled() as tenant:
+                self.run.adopt(tenant, array)
+            return
         with self._settled() as tenant, self.context.held(owner.unit):
             view = owner.view(owner.unit.param_slab)
             self.run.begin(tenant, array, view.as_strided((view.numel(),), (1,)))
@@ -318,6 +328,8 @@ class UnitState(ParamState):
     def read(self, array: StateArray) -> torch.Tensor:
         """Return a copy."""
         with self._settled() as tenant:
+            if array.name == MASTER:
+                sync_masters(self.context, self.owner.unit)
             return self.run.read(tenant, array)
 
     def values(self) -> torch.Tensor:

@@ -100,6 +100,12 @@ class Spilling:
                     f"spill() updates plain dense parameters; got a {type(param).__name__} with "
                     f"layout {param.layout} and shape {tuple(param.shape)}"
                 )
+            if owner is not None and owner.is_narrowed:
+                raise UnsupportedError(
+                    f"spill() would update {owner.name} in {owner.dtype} and keep nothing in fp32: "
+                    "with Policy(param_dtype=...) use an optimizer of offload.optim, which updates "
+                    "the fp32 masters"
+                )
             if param.device.type != "cpu":
                 raise UnsupportedError(
                     f"spill() updates parameters on the CPU; got one on {param.device} with shape "

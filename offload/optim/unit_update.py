@@ -51,7 +51,7 @@ def update_units(updates: Sequence[Update], seed: int, at_once: bool = False) ->
 def _segment(owner: OffloadedParam, update: Update) -> _native.UpdateSegment:
     grad = _gradient(owner, update.grad)
     end = owner.first + owner.numel
-    factors = grad.factor_values()
+    factors = [*grad.factor_values(), *update.factors]
     return _native.UpdateSegment(owner.first, end, update.hyper, factors, update.kept.number)
 
 

@@ -17,11 +17,12 @@ class Update:
         layout: that its state must have.
         group: the index of its group.
         grad: its gradient, of its shape and dtype.
+        unscale: to be multiplied onto the gradient in fp32, after deferred factors.
         step: counted from 1, once it was; 1 where the rule counts none.
         hyper: the step's hyperparameters, once they were read.
     """
 
-    __slots__ = ("grad", "group", "hyper", "kept", "layout", "step")
+    __slots__ = ("grad", "group", "hyper", "kept", "layout", "step", "unscale")
 
     hyper: _native.UpdateHyper
 
@@ -34,6 +35,12 @@ class Update:
         self.group = group
         self.grad = grad
         self.step = 1.0
+        self.unscale = 1.0
+
+    @property
+    def factors(self) -> list[float]:
+        """What is a factor like others: of 16-bit parameters it is in ``hyper``."""
+        return [self.unscale] if self.unscale != 1.0 and self.layout.master is None else []
 
 
 class Operands:
@@ -90,7 +97,7 @@ class Operands:
 
     def segment(self, update: Update) -> _native.UpdateSegment:
         """Return the update of the whole parameter as a segment of its job."""
-        return _native.UpdateSegment(0, self.numel, update.hyper, [], self._kept.number)
+        return _native.UpdateSegment(0, self.numel, update.hyper, update.factors, self._kept.number)
 
 
 def borrowed(tensor: torch.Tensor) -> _native.UpdateOperand:

@@ -34,10 +34,9 @@ def smallest_budget(units: Sequence[UnitSpec], disk: DiskSpec | None) -> int:
     everything = _everything(units)
     if disk is None:
         return everything
-    spillable = [u for u in units if not _is_kept(u)]
     staging = LEAST_STAGING_BLOCKS * disk.block_bytes + disk.store_bytes
     scales = sum(u.scale_bytes for u in units)
-    return min(everything, _kept_bytes(units) + scales + staging + _least_ring(spillable))
+    return min(everything, _kept_bytes(units) + scales + staging + _least_ring(units))
 
 
 def place(
@@ -79,29 +78,30 @@ def place(
     scales = sum(u.scale_bytes for u in units)
     room = values_bytes - disk.store_bytes - _kept_bytes(units) - scales
     left = room - staging_blocks * block_bytes
-    if left < _least_ring(flat):
+    if left < _least_ring(units):
         staging_blocks = LEAST_STAGING_BLOCKS
         left = room - staging_blocks * block_bytes
-    largest = max(*_largest(flat), _largest_state(flat))
+    largest = max(*_largest(flat), _largest_state(flat), _largest_frozen_master(units))
     if left >= values + largest:  # the ring serves to read optimizer state out
         ring, pins = largest, {(i, kind) for i in range(len(units)) for kind in ("param", "grad")}
         left -= values + largest
     else:
-        ring = max(_least_ring(flat), min(_good_ring(flat), left // 2))
+        ring = max(_least_ring(units), min(_good_ring(units), left // 2))
         pins, left = _pin_values(units, left - ring, disk.write_time)
         ring += left
         left = 0
     placements = []
     for i, unit in enumerate(units):
         kept = _is_kept(unit)
-        pin_state = kept or 0 < unit.state_bytes <= left
+        may_pin = not unit.frozen_masters and 0 < unit.state_bytes <= left
+        pin_state = _keeps_state(unit) or may_pin
         left -= unit.state_bytes if pin_state and not kept else 0
         placements.append(
             Placement(
                 unit,
                 pin_params=kept or (i, "param") in pins,
                 pin_grads=kept or (i, "grad") in pins or unit.grad_bytes == 0,
-                pin_state=pin_state or unit.grad_bytes == 0,
+                pin_state=pin_state or unit.state_bytes == 0,
             )
         )
     return Plan(
@@ -125,7 +125,15 @@ def _is_kept(unit: UnitSpec) -> bool:
 
 def _kept_bytes(units: Sequence[UnitSpec]) -> int:
     """Host memory of units that are never spilled, their optimizer state included."""
-    return sum(u.param_bytes + u.grad_bytes + u.state_bytes for u in units if _is_kept(u))
+    values = sum(u.param_bytes + u.grad_bytes for u in units if _is_kept(u))
+    return values + sum(u.state_bytes for u in units if _keeps_state(u))
+
+
+def _keeps_state(unit: UnitSpec) -> bool:
+    """Whether its state never leaves memory; what is kept of large frozen ones is not in use."""
+    if unit.frozen_masters:
+        return unit.param_bytes <= SMALL_BYTES
+    return _is_kept(unit)
 
 
 def _largest(units: Sequence[UnitSpec]) -> tuple[int, int]:
@@ -137,6 +145,12 @@ def _largest_state(units: Sequence[UnitSpec]) -> int:
     return max((u.state_slab_bytes for u in units), default=0)
 
 
+def _largest_frozen_master(units: Sequence[UnitSpec]) -> int:
+    """Of those that pass through the ring: written in ``wrap``, before the parameter comes."""
+    spilled = [u for u in units if not _keeps_state(u)]
+    return max((nbytes for u in spilled for nbytes in u.frozen_masters), default=0)
+
+
 def _least_ring(units: Sequence[UnitSpec]) -> int:
     """Bytes in which the largest unit can be used wherever another slab lies.
 
@@ -144,13 +158,15 @@ def _least_ring(units: Sequence[UnitSpec]) -> int:
     what is left. Hence both slabs of the largest unit, and the larger of them once more. Of 16-bit
     parameters a slab of state is larger, and the first one is made while the parameters are held.
     """
-    params, grads = _largest(units)
-    return max(params + grads + max(params, grads), params + 2 * _largest_state(units))
+    flat = [u for u in units if not _is_kept(u)]
+    params, grads = _largest(flat)
+    used = max(params + grads + max(params, grads), params + 2 * _largest_state(flat))
+    return max(used, _largest_frozen_master(units))
 
 
 def _good_ring(units: Sequence[UnitSpec]) -> int:
     """Bytes that let the next unit arrive and the previous one leave while one is used."""
-    params, grads = _largest(units)
+    params, grads = _largest([u for u in units if not _is_kept(u)])
     return max(2 * params + 3 * grads, _least_ring(units))
 
 

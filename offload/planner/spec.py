@@ -19,6 +19,8 @@ class UnitSpec:
         nested: the unit's module contains other units, so it stays in use while they come and go;
             nothing of it is ever spilled.
         element_bytes: of one parameter element; all of the unit's have one dtype.
+        frozen_masters: bytes of each fp32 value that is kept of a frozen parameter in 16 bits, in
+            whole pages. No step uses them.
     """
 
     name: str
@@ -26,18 +28,24 @@ class UnitSpec:
     grad_bytes: int
     nested: bool = False
     element_bytes: int = 4
+    frozen_masters: tuple[int, ...] = ()
 
     @property
     def state_bytes(self) -> int:
         """What the plan keeps for optimizer state: AdamW's two moments in fp32.
 
         For 16-bit parameters they are twice as wide, and an fp32 copy of the parameters is a third.
+        Of frozen ones, the fp32 values that are kept.
         """
+        if self.frozen_masters:
+            return sum(self.frozen_masters)
         return self.state_slabs * self.state_slab_bytes
 
     @property
     def state_slabs(self) -> int:
         """How many slabs ``state_bytes`` are."""
+        if self.frozen_masters:
+            return len(self.frozen_masters)
         return 3 if self.element_bytes == 2 else 2
 
     @property
@@ -48,7 +56,7 @@ class UnitSpec:
 
     @property
     def state_slab_bytes(self) -> int:
-        """Bytes of one of them."""
+        """Bytes of one of them, where an optimizer keeps it."""
         return 2 * self.grad_bytes if self.element_bytes == 2 else self.grad_bytes
 
 

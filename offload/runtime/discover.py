@@ -11,6 +11,7 @@ from torch import nn
 
 from offload.errors import PolicyError, UnsupportedError
 from offload.planner import SMALL_BYTES
+from offload.runtime.precision import Dtypes
 
 
 @dataclass
@@ -18,8 +19,8 @@ class FoundUnit:
     """A module and parameters that are fetched when it runs.
 
     Attributes:
-        own: parameters that belong to this unit, all of one dtype and all trained or all frozen,
-            with their qualified names.
+        own: parameters that belong to this unit, all of one dtype, now and once they are kept,
+            and all trained or all frozen, with their qualified names.
         nested: the module contains other units.
     """
 
@@ -41,8 +42,10 @@ class Discovery:
     shared: list[tuple[nn.Module, list[nn.Parameter]]]
 
 
-def find_units(model: nn.Module, names: Sequence[str] | None, limit: int) -> Discovery:
-    """Return the units of `model`.
+def find_units(
+    model: nn.Module, names: Sequence[str] | None, limit: int, dtypes: Dtypes
+) -> Discovery:
+    """Return the units of `model`, whose parameters will be kept in `dtypes`.
 
     With `names`, these modules are units, whole. Otherwise the children of every ModuleList and
     Sequential are, split into their own children while they hold more than `limit` bytes or
@@ -56,7 +59,7 @@ def find_units(model: nn.Module, names: Sequence[str] | None, limit: int) -> Dis
         UnsupportedError: a parameter that cannot be moved (subclass, not on the CPU, sparse).
     """
     modules = dict(model.named_modules())
-    roots = _named(modules, names) if names is not None else _blocks(model, limit)
+    roots = _named(modules, names) if names is not None else _blocks(model, limit, dtypes)
     for name, param in model.named_parameters():
         _check(name, param)
     _check_apart(model)
@@ -87,28 +90,33 @@ def find_units(model: nn.Module, names: Sequence[str] | None, limit: int) -> Dis
         ]
         if foreign:
             shared.append((module, foreign))
-    return Discovery([part for unit in units for part in _by_kind(unit)], shared)
+    return Discovery([part for unit in units for part in _by_kind(unit, dtypes)], shared)
 
 
-def _by_kind(unit: FoundUnit) -> list[FoundUnit]:
+def _by_kind(unit: FoundUnit, dtypes: Dtypes) -> list[FoundUnit]:
     """Split `unit` into units of one kind each.
 
     An optimizer updates a unit in one format, and what is written with a trained parameter is
     written again in every step.
     """
-    own: dict[tuple[torch.dtype, bool], list[tuple[str, nn.Parameter]]] = {}
+    own: dict[tuple[str, bool], list[tuple[str, nn.Parameter]]] = {}
     for name, param in unit.own:
-        own.setdefault((param.dtype, param.requires_grad), []).append((name, param))
+        dtype = " in ".join(dict.fromkeys([_short(param.dtype), _short(dtypes[param])]))
+        own.setdefault((dtype, param.requires_grad), []).append((name, param))
     if len(own) == 1:
         return [unit]
-    dtypes = {dtype for dtype, _ in own}
+    several = len({dtype for dtype, _ in own}) > 1
     parts = []
     for (dtype, trained), params in own.items():
-        kind = [str(dtype).removeprefix("torch.")] if len(dtypes) > 1 else []
+        kind = [dtype] if several else []
         kind += [] if trained else ["frozen"]
         name = f"{unit.name} ({', '.join(kind)})" if kind else unit.name
         parts.append(FoundUnit(name, unit.module, params, unit.nested))
     return parts
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _claim(
@@ -130,7 +138,7 @@ def _named(modules: dict[str, nn.Module], names: Sequence[str]) -> list[str]:
     return list(names)
 
 
-def _blocks(model: nn.Module, limit: int) -> list[str]:
+def _blocks(model: nn.Module, limit: int, dtypes: Dtypes) -> list[str]:
     """Names of the children of outermost ModuleLists and Sequentials, split at `limit` bytes."""
     found: list[str] = []
     seen: set[nn.Module] = set()
@@ -153,7 +161,8 @@ def _blocks(model: nn.Module, limit: int) -> list[str]:
             if child not in seen and any(True for _ in child.parameters())
         ]
         seen.update(child for _, child in children)
-        is_whole = _nbytes(module) <= limit and not any(map(_is_experts, module.modules()))
+        has_experts = any(_is_experts(inner, dtypes) for inner in module.modules())
+        is_whole = _nbytes(module, dtypes) <= limit and not has_experts
         if is_whole or not children:
             found.append(path)
             return
@@ -164,12 +173,12 @@ def _blocks(model: nn.Module, limit: int) -> list[str]:
     return found
 
 
-def _is_experts(module: nn.Module) -> bool:
+def _is_experts(module: nn.Module, dtypes: Dtypes) -> bool:
     """Whether the children of `module` are alike, and large enough to be moved one by one."""
     children = list(module.children())
     if not isinstance(module, nn.ModuleList | nn.ModuleDict) or len(children) < 2:
         return False
-    if min(map(_nbytes, children)) <= SMALL_BYTES:
+    if min(_nbytes(child, dtypes) for child in children) <= SMALL_BYTES:
         return False
     return len({(type(child), _shapes(child)) for child in children}) == 1
 
@@ -178,8 +187,8 @@ def _shapes(module: nn.Module) -> tuple[tuple[str, torch.Size], ...]:
     return tuple((name, param.shape) for name, param in module.named_parameters())
 
 
-def _nbytes(module: nn.Module) -> int:
-    return sum(p.numel() * p.dtype.itemsize for p in module.parameters())
+def _nbytes(module: nn.Module, dtypes: Dtypes) -> int:
+    return sum(p.numel() * dtypes[p].itemsize for p in module.parameters())
 
 
 def _check(name: str, param: nn.Parameter) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 import torch
@@ -20,10 +20,13 @@ from offload.runtime.blocks import find_blocks
 from offload.runtime.deferred import to_memory
 from offload.runtime.discover import Discovery, find_units
 from offload.runtime.forward import ForwardHooks
+from offload.runtime.precision import add_precision_hooks, compute_dtypes
 from offload.runtime.resources import Resources
 from offload.runtime.saved_tensors import SavedTensorHooks, active_hooks_are_known
 from offload.runtime.state_dict import add_state_dict_hooks
+from offload.tiers.changed_values import masters_of
 from offload.tiers.grad_handle import GradHandle
+from offload.tiers.masters import provide_masters
 from offload.tiers.spent_grad import SpentGrad
 from offload.tiers.unit import OffloadedParam, SpilledParameter, Unit
 
@@ -50,18 +53,21 @@ class WrappedModel:
                 f'Policy(activations="{policy.activations}") needs torch 2.8 or newer, which '
                 'tells the active saved-tensor hooks; use activations="disk"'
             )
-        found = find_units(model, policy.units, policy.unit_limit)
+        dtypes = compute_dtypes(model, policy.param_dtype)
+        found = find_units(model, policy.units, policy.unit_limit, dtypes)
         if not found.units:
             raise UnsupportedError("the model has no parameters: there is nothing to offload")
         self.model = model
         self._handles: list[RemovableHandle] = []
-        units, specs = _lay_out(found)
+        units, specs = _lay_out(found, dtypes)
         resources = Resources(policy, specs)
         self.context = resources.open()
         try:
             for unit in units:
                 for param in unit.params:
                     param.context = self.context
+            provide_masters(self.context, units)
+            for unit in units:
                 self.context.add_unit(unit)
             self.context.prefetcher.measure_disk()
         except BaseException:
@@ -121,6 +127,8 @@ class WrappedModel:
                         self._backward.add(param)
         self._handles += self._forward.handles + self._backward.handles
         self._handles += add_state_dict_hooks(self.model, self.context)
+        if any(unit.is_narrowed for unit in units):
+            self._handles.append(add_precision_hooks(self.model, units))
         for module in self.model.modules():
             module.__dict__["_apply"] = _refuse_conversion(module)
             module.__dict__.update(_REFUSED)
@@ -133,8 +141,11 @@ class WrappedModel:
             grads = {}
             for unit in self.context.units:
                 for param in unit.trainable:
-                    if param.grad_state is not None:
-                        grads[param] = param.grad_state.materialize()
+                    grad = param.param.grad
+                    if isinstance(grad, GradHandle):
+                        grad = grad._state.materialize()
+                    if grad is not None and not isinstance(grad, SpentGrad):
+                        grads[param] = grad.to(param.given_dtype)
             self._restore()
             for param, grad in grads.items():
                 param.param.grad = grad
@@ -153,9 +164,12 @@ class WrappedModel:
     def _restore(self) -> None:
         """Give every parameter that was taken over a tensor of its own."""
         for unit in self.context.units:
-            with self.context.held(unit):
-                self.context.note_changes(unit)
-                copies = [param.view(unit.param_slab).clone() for param in unit.params]
+            if unit.is_narrowed:
+                copies = masters_of(self.context, unit.params)
+            else:
+                with self.context.held(unit):
+                    self.context.note_changes(unit)
+                    copies = [param.view(unit.param_slab).clone() for param in unit.params]
             for param, copy in zip(unit.params, copies, strict=True):
                 if type(param.param) is SpilledParameter:
                     param.param.__class__ = nn.Parameter  # type: ignore[assignment]
@@ -216,14 +230,25 @@ class WrappedModel:
         return (*notes, *(self._choice.notes() if self._choice is not None else ()))
 
 
-def _lay_out(found: Discovery) -> tuple[list[Unit], list[UnitSpec]]:
+def _lay_out(
+    found: Discovery, dtypes: Mapping[nn.Parameter, torch.dtype]
+) -> tuple[list[Unit], list[UnitSpec]]:
     units, specs = [], []
     for index, source in enumerate(found.units):
-        unit = Unit(index, source.name, [OffloadedParam(param, name) for name, param in source.own])
+        own = [OffloadedParam(param, name, dtypes[param]) for name, param in source.own]
+        unit = Unit(index, source.name, own)
         units.append(unit)
-        params, grads = _pages(unit.param_bytes), _pages(unit.grad_bytes)
-        element_bytes = unit.params[0].dtype.itemsize
-        specs.append(UnitSpec(unit.name, params, grads, source.nested, element_bytes))
+        frozen_masters = (p.numel * 4 for p in own if p.is_narrowed and not p.trainable and p.numel)
+        specs.append(
+            UnitSpec(
+                unit.name,
+                _pages(unit.param_bytes),
+                _pages(unit.grad_bytes),
+                source.nested,
+                unit.params[0].dtype.itemsize,
+                tuple(map(_pages, frozen_masters)),
+            )
+        )
     return units, specs
 
 

@@ -22,8 +22,9 @@ from offload.errors import OffloadError
 from offload.planner import Plan
 from offload.policy import Policy
 from offload.tiers.activation_home import ActivationHome
-from offload.tiers.changed_values import refresh_masters
+from offload.tiers.changed_values import sync_masters
 from offload.tiers.gradients import Gradients
+from offload.tiers.masters import seed_masters
 from offload.tiers.mover import Mover
 from offload.tiers.prefetcher import Prefetcher
 from offload.tiers.scopes import ForwardScopes
@@ -86,17 +87,22 @@ class RuntimeContext:
     # -- building -------------------------------------------------------------------------------
 
     def add_unit(self, unit: Unit) -> None:
-        """Take over the unit's values: copy them to their slab and free the original tensors."""
+        """Take over the unit's values: copy them to their slab and free the original tensors.
+
+        Whatever can fail has failed before the first of its parameters is changed.
+        """
+        seed_masters(self, unit)
         placement = self.plan.placements[unit.index]
         unit.param_slab = self._slab(unit, "parameters", unit.param_bytes, placement.pin_params)
         if unit.grad_bytes:
             unit.grad_slab = self._slab(unit, "gradients", unit.grad_bytes, placement.pin_grads)
             unit.grad_slab.live = unit.grads_wanted
-        self.units.append(unit)
-        self.prefetcher.add(unit)
         self.mover.hold_new(unit.param_slab)
         for param in unit.params:
             param.view(unit.param_slab).copy_(param.param.detach())
+        self.units.append(unit)
+        self.prefetcher.add(unit)
+        for param in unit.params:
             param.take_over()
             self.point(param)
         unit.attached = True
@@ -116,7 +122,7 @@ class RuntimeContext:
     def state_on_disk(self) -> tuple[int, ...] | None:
         """Return the bytes of optimizer state on disk, by unit; None before any was made."""
         states = [unit.state for unit in self.units]
-        if not any(states):
+        if not any(state is not None and state.is_occupied for state in states):
             return None
         return tuple(0 if state is None else state.disk_bytes for state in states)
 
@@ -222,13 +228,19 @@ class RuntimeContext:
             unit.written = True
             self.mover.mark_dirty(unit.param_slab)
 
+    def note_update(self, unit: Unit) -> None:
+        """Take note of a step that changed parameters in memory, and their fp32 copies alike.
+
+        The copies had followed what was written before.
+        """
+        self.note_changes(unit)
+        unit.written = False
+
     # -- updates --------------------------------------------------------------------------------
 
     def begin_resident_update(self, unit: Unit) -> None:
         """See to it that the unit's slabs hold what an update in place starts from."""
-        self.note_changes(unit)
-        if unit.holders or unit.written:
-            refresh_masters(self, unit)
+        sync_masters(self, unit)
 
     def end_resident_update(self, unit: Unit) -> None:
         """The unit's parameters were updated in place."""
@@ -250,10 +262,7 @@ class RuntimeContext:
             seed: of stochastic rounding.
             segments: one per parameter, ascending.
         """
-        if unit.attached:
-            self.note_changes(unit)
-        if unit.holders or unit.written:
-            refresh_masters(self, unit)
+        sync_masters(self, unit)
         whole = len(segments) == len(unit.trainable)
         state, grads = self.state_of(unit).of(layout, whole=whole), self.gradients.slab(unit)
         self.detach(unit)

@@ -155,13 +155,16 @@ class StateHome:
         """Where the slabs that are not pinned live."""
         return self.mover.store
 
-    def make_slab(self, name: str, nbytes: int, kind: str = "optimizer state") -> Slab:
+    def make_slab(
+        self, name: str, nbytes: int, kind: str = "optimizer state", on_disk: bool = False
+    ) -> Slab:
         """Return a new slab that holds nothing; its place, in memory or on disk, is reserved.
 
         Args:
             name: for messages.
             nbytes: more than 0.
             kind: under which waiting for it is counted.
+            on_disk: leave the room in memory to others; there is a disk.
 
         Raises:
             BudgetError: there is no room in memory and no disk to live on.
@@ -171,7 +174,7 @@ class StateHome:
         with self.lock:
             while self._discarded:
                 self.free_slab(self._discarded.pop())
-            if pages <= self.room:
+            if pages <= self.room and not on_disk:
                 self.room -= pages
                 return Slab(name, kind, nbytes, True, None)
             if self._space is None:

@@ -84,11 +84,15 @@ class StateSlabs:
         self._used.add(part)
         tenant.begun.add(array)
 
+    def adopt(self, tenant: Tenant, array: StateArray) -> None:
+        """Let `tenant` use `array` as it is."""
+        self._used.add((tenant.first, array))
+        tenant.begun.add(array)
+
     def begin_master(self, tenant: Tenant, array: StateArray, values: torch.Tensor) -> None:
         """Let `tenant` use `array`, a master copy of `values`, flat; see is_unwritten()."""
         if self.is_unwritten(array):
-            self._used.add((tenant.first, array))
-            tenant.begun.add(array)
+            self.adopt(tenant, array)
         else:
             self.begin(tenant, array, values)
 
@@ -124,6 +128,16 @@ class StateSlabs:
         whole = self.home.copy_out(slab)
         whole.view(array.dtype)[self._range(tenant, array)].copy_(values)
         self.home.copy_in(slab, whole)
+
+    def to_write(self, tenant: Tenant, array: StateArray) -> torch.Tensor:
+        """Return the bytes of `array` for `tenant`, flat, in memory, to be changed at once."""
+        slab = self._held(self._slabs[array])
+        self.home.mover.mark_dirty(slab)
+        return self._part(slab, tenant, array)
+
+    def write_back(self, array: StateArray) -> None:
+        """Start writing what was changed of `array`."""
+        self.home.mover.write_back(self._slabs[array])
 
     def _can_hold(self, slab: Slab) -> bool:
         return slab.pinned or self.home.mover.ring is not None
@@ -170,6 +184,11 @@ class StateSlabs:
     def disk_bytes(self) -> int:
         """Bytes of its slabs that live on disk."""
         return sum(slab.nbytes for slab in self._slabs.values() if not slab.pinned)
+
+    @property
+    def is_occupied(self) -> bool:
+        """Whether an optimizer has, or had, state in it."""
+        return bool(self._tenants)
 
     def missing(self, layout: StateLayout) -> list[StateArray]:
         """Return the arrays of `layout` that have no slab yet."""

@@ -159,7 +159,8 @@ def _fetched(
     stays = all(unit.param_slab.pinned for unit in units)
     if func == _SET_DATA or (func in _NEEDS_MEMORY and not stays):
         raise _refused(func, names)
-    if any(func == alias for alias in _ALIASES) and not (stays or context.reading_out):
+    by_value = context.reading_out and not params[0].is_narrowed  # of that one the master is read
+    if any(func == alias for alias in _ALIASES) and not (stays or by_value):
         return SpilledAlias.of(params[0])
     with _all_held(context, units), context.saved_hooks():
         result = func(*tree_map(_real, args), **tree_map(_real, kwargs))

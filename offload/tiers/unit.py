@@ -79,25 +79,29 @@ class OffloadedParam:
     Attributes:
         name: its qualified name in the model.
         shape, stride, dtype: of the parameter; a stride that is not dense became contiguous.
+        given_dtype: of the model's parameter before it was wrapped and after it was unwrapped.
         offset: bytes from the start of the parameter slab, and of the gradient slab if trainable.
         trainable: whether it required a gradient when the model was wrapped.
     """
 
     context: RuntimeContext  # set when the model is taken over
 
-    def __init__(self, param: torch.nn.Parameter, name: str) -> None:
-        """Describe `param` as it is now."""
+    def __init__(
+        self, param: torch.nn.Parameter, name: str, dtype: torch.dtype | None = None
+    ) -> None:
+        """Describe `param` as it is now; `dtype`: that it will have, if another one."""
         self.param = param
         self.name = name
         self.unit: Unit
         self.shape = tuple(param.shape)
         self.numel = param.numel()
-        self.dtype = param.dtype
+        self.given_dtype = param.dtype
+        self.dtype = dtype or param.dtype
         self.stride = tuple(param.stride() if _is_dense(param) else _contiguous_stride(param.shape))
-        self.nbytes = param.numel() * param.dtype.itemsize
+        self.nbytes = param.numel() * self.dtype.itemsize
         self.offset = 0
         self.trainable = param.requires_grad
-        self.placeholder = _scalar(param.dtype).expand(self.shape)
+        self.placeholder = _scalar(self.dtype).expand(self.shape)
         self.accumulate_grad: Any = None  # keeps the node, and with it our hook, alive
 
     def take_over(self) -> None:
@@ -120,6 +124,11 @@ class OffloadedParam:
     def address(self, slab: Slab) -> int:
         """Return where view() of a slab in memory begins; of nothing, 0."""
         return slab.address + self.offset if self.numel else 0
+
+    @property
+    def is_narrowed(self) -> bool:
+        """Whether it is a master, kept in fp32, rounded to 16 bits; see masters.py."""
+        return self.dtype is not self.given_dtype
 
     @property
     def first(self) -> int:
@@ -147,7 +156,8 @@ class Unit:
         holders: blocks outside of the recorded uses that work on its parameters.
         in_backward: its backward has begun and not all of its gradients have arrived.
         attached: its parameters' ``.data`` are the slab's memory.
-        state: its optimizer state; None before the first update.
+        state: its optimizer state; None before the first update, or the masters.
+        frozen_masters: the masters of its narrowed parameters, if it is frozen.
         update: the optimizer update in flight, if any.
         update_waits: an update was put off and has not started.
         update_slabs: what the pending update uses, the parameters first.
@@ -162,8 +172,9 @@ class Unit:
     def __init__(self, index: int, name: str, params: list[OffloadedParam]) -> None:
         """Lay `params` out in slabs: the trainable ones first, so that gradients are a prefix.
 
-        They are of one dtype. Each starts at a multiple of the elements that share a scale in int8
-        state, so that a block of them is of one parameter; any vector is aligned there.
+        They are of one dtype, and were before. Each starts at a multiple of the elements that share
+        a scale in int8 state, so that a block of them is of one parameter; any vector is aligned
+        there.
         """
         self.index = index
         self.name = name
@@ -180,6 +191,7 @@ class Unit:
         self.param_slab: Slab
         self.grad_slab: Slab | None = None
         self.state: StateSlabs | None = None
+        self.frozen_masters: dict[OffloadedParam, Slab] = {}
         self.forward_locks = 0
         self.holders = 0
         self.in_backward = False
@@ -198,6 +210,11 @@ class Unit:
     def trainable(self) -> list[OffloadedParam]:
         """The parameters that have gradients."""
         return [p for p in self.params if p.trainable]
+
+    @property
+    def is_narrowed(self) -> bool:
+        """Whether its parameters are masters rounded to 16 bits."""
+        return self.params[0].is_narrowed
 
     @property
     def updating(self) -> bool:

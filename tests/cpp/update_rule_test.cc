@@ -3,6 +3,7 @@
 
 #include <array>
 #include <string>
+#include <tuple>
 
 #include "update_rule_testing.h"
 
@@ -265,14 +266,20 @@ TEST_CASE("gradient factors apply one after another, in order, each rounded to i
 
 TEST_CASE("a 16-bit parameter is its master, rounded") {
   std::mt19937 random(5);
-  for (const ElementType param : {ElementType::kBfloat16, ElementType::kFloat16}) {
-    const RuleHyper hyper{.lr = 1e-3, .beta1 = 0.9, .beta2 = 0.999, .eps = 1e-8, .step = 5.0};
-    const Problem problem = random_problem(hyper, {param, {}}, 300, true, random);
+  for (const auto& [param, state, unscale] :
+       {std::tuple(ElementType::kBfloat16, StateFormat::kFloat32, 1.0f),
+        std::tuple(ElementType::kFloat16, StateFormat::kFloat32, 1.0f),
+        std::tuple(ElementType::kFloat16, StateFormat::kFloat32, 0x1p-24f),
+        std::tuple(ElementType::kBfloat16, StateFormat::kBfloat16, 0.37f),
+        std::tuple(ElementType::kFloat16, StateFormat::kInt8, 0.37f)}) {
+    const RuleHyper hyper{
+        .lr = 1e-3, .beta1 = 0.9, .beta2 = 0.999, .eps = 1e-8, .step = 5.0, .unscale = unscale};
+    const Problem problem = random_problem(hyper, {param, state}, 300, true, random);
     const Operands out = run(best_isa(), problem, true, 3);
     CHECK(out.param == narrowed(param, to_floats(out.master)));
     // The master takes the steps that the parameter is too coarse for.
     Problem widened = problem;
-    widened.format = {};
+    widened.format = {ElementType::kFloat32, state};
     widened.in.param = problem.in.master;
     widened.in.grad = to_bytes(std::vector<float>(problem.n));
     for (std::size_t i = 0; i < problem.n; ++i) {
@@ -282,6 +289,7 @@ TEST_CASE("a 16-bit parameter is its master, rounded") {
       for (const float factor : problem.factors) {
         g = update_internal::widen(param, update_internal::narrow(param, g * factor));
       }
+      g *= unscale;  // in fp32
       std::memcpy(widened.in.grad.data() + 4 * i, &g, sizeof(g));
     }
     widened.factors.clear();

@@ -1,4 +1,4 @@
-"""The helper module training.py lies beside these tests."""
+"""The helper module training.py lies beside these tests, measured.py beside others."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(1, str(Path(__file__).parents[1] / "deferred"))
 
 
 @pytest.fixture

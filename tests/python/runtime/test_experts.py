@@ -11,6 +11,7 @@ from torch import nn
 from training import Loop
 
 from offload.runtime.discover import find_units
+from offload.runtime.precision import compute_dtypes
 from offload.runtime.wrapped import wrapped
 from offload.tiers.mover import Mover
 from offload.tiers.slab import Slab
@@ -69,7 +70,7 @@ class Sparse(nn.Module):
 
 
 def names(model: nn.Module, limit: int = 1 << 30) -> list[str]:
-    return [unit.name for unit in find_units(model, None, limit).units]
+    return [unit.name for unit in find_units(model, None, limit, compute_dtypes(model, None)).units]
 
 
 @pytest.mark.parametrize("container", [nn.ModuleList, nn.ModuleDict])

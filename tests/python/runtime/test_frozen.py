@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 import training as t
+from torch import nn
 from training import Loop
 
-from offload.runtime.discover import find_units
+from offload.runtime.discover import FoundUnit, find_units
+from offload.runtime.precision import compute_dtypes
 from offload.runtime.wrapped import wrapped
 
 SMALL = {"io_block_bytes": "64KiB", "max_unit_bytes": "4MiB"}
@@ -28,12 +30,16 @@ class AdaptedCheckpointed(Adapted, t.Checkpointed):
     pass
 
 
+def find_kinds(model: nn.Module) -> list[FoundUnit]:
+    return find_units(model, None, 1 << 30, compute_dtypes(model, None)).units
+
+
 def test_what_is_frozen_is_a_unit_apart() -> None:
-    names = [unit.name for unit in find_units(Adapted(), None, 1 << 30).units]
+    names = [unit.name for unit in find_kinds(Adapted())]
     assert names[:4] == ["(root)", "embed", "blocks.0", "blocks.0 (frozen)"]
     model = Adapted()
     model.blocks[0].out.bfloat16()
-    names = [unit.name for unit in find_units(model, None, 1 << 30).units]
+    names = [unit.name for unit in find_kinds(model)]
     assert {n for n in names if n.startswith("blocks.0")} == {
         "blocks.0 (float32)",
         "blocks.0 (float32, frozen)",

@@ -32,10 +32,11 @@ def half() -> nn.Module:
     return small().bfloat16()
 
 
-def spilling(make: t.Model, folder: Path) -> offload.Policy:
+def spilling(make: t.Model, folder: Path, **options: Any) -> offload.Policy:
     """A policy with which what `make` makes, and its state, is spilled."""
-    budget = offload.Budget(host=t.least_budget(make, **t.SMALL_BLOCKS) + (3 << 20))
-    return offload.Policy(budget=budget, swap_dir=folder, **t.SMALL_BLOCKS)
+    options |= t.SMALL_BLOCKS
+    budget = offload.Budget(host=t.least_budget(make, **options) + (3 << 20))
+    return offload.Policy(budget=budget, swap_dir=folder, **options)
 
 
 def steps(model: nn.Module, optimizer: torch.optim.Optimizer, count: int = 3) -> list[float]:
@@ -115,6 +116,30 @@ def test_the_bits_are_those_of_a_plain_model(make: t.Model) -> None:
     optimizers = [offload.AdamW(m.parameters(), lr=1e-2) for m in (plain, ours)]
     assert steps(plain, optimizers[0]) == steps(ours, optimizers[1])
     assert_same(plain, offload.unwrap(ours))
+
+
+def test_narrowed_parameters_are_those_of_a_spilled_model(tmp_path: Path) -> None:
+    policies = [
+        offload.Policy(AMPLE.budget, param_dtype=torch.bfloat16),
+        spilling(small, tmp_path, param_dtype=torch.bfloat16),
+    ]
+    models = [offload.wrap(small(), policy) for policy in policies]
+    assert [wrapped(m).context.resident for m in models] == [True, False]
+    for model in models:
+        optimizer = offload.AdamW(model.parameters(), lr=1e-2)
+        steps(model, optimizer)
+        with torch.no_grad():
+            model.head.weight[:8].mul_(1.5)
+        steps(model, optimizer)
+    assert_same(*models)
+    for model in models:
+        offload.unwrap(model)
+    assert_same(*models)
+    for a, b in zip(*(m.parameters() for m in models), strict=True):
+        assert a.dtype is torch.float32
+        assert a.grad is not None
+        assert b.grad is not None
+        assert torch.equal(a.grad, b.grad)
 
 
 def test_the_exact_budget_has_room_for_the_state() -> None:
