@@ -474,6 +474,67 @@ class UpdateFormat:
     def has_master(self) -> bool: ...
 
 @final
+class DeviceTransfer:
+    """Bytes on their way between disk, host memory and a device; goes on without a handle."""
+
+    def issued(self) -> bool:
+        """Return whether a stream can be made to wait for its copy, or the transfer has ended."""
+
+    def wait_stream(self, stream: Stream = "compute") -> None:
+        """Make the stream wait for the copy; the host does not wait for it.
+
+        Blocks until the copy is issued, which counts as a stall. Raises the error that ended the
+        transfer before.
+        """
+
+    def done(self) -> bool: ...
+    def wait(self) -> None:
+        """Block until the end; raises the transfer's error."""
+
+    def cancel(self) -> None:
+        """Do not take the next step; ``wait`` then raises TransferCancelledError."""
+
+@final
+class DeviceTransfers:
+    """Starts transfers, and keeps both leases of each for as long as it needs them.
+
+    `via` is the host lease that the bytes go through, of an arena pinned for the device; without
+    `store` and `object` they come from there, or stay there.
+    """
+
+    def __init__(self, device: Device) -> None: ...
+    def fetch(
+        self,
+        dst: DeviceLease,
+        via: Lease,
+        nbytes: int,
+        *,
+        store: SwapStore | None = None,
+        object: int = 0,
+        demand: bool = False,
+    ) -> DeviceTransfer:
+        """Start to read the object, and to copy it to the device as soon as it is in memory."""
+
+    def spill(
+        self,
+        src: DeviceLease,
+        via: Lease,
+        nbytes: int,
+        *,
+        after: Event | None = None,
+        store: SwapStore | None = None,
+        object: int = 0,
+        demand: bool = False,
+    ) -> DeviceTransfer:
+        """Start to copy to the host, after the event, and to write the object after that.
+
+        `src` may be dropped at once.
+        """
+
+    def stats(self) -> dict[str, float]:
+        """Return `stalls`, the waits for a copy to be issued, and `stall_seconds`."""
+
+@final
 class UpdateOperand:
     """Where one operand of an update is: parameter, gradient, master copy, state or its scales."""
 

@@ -218,7 +218,7 @@ Result<bool> Device::wait_for(const Event& event, unsigned milliseconds, Waiter 
     }
     complete = do_wait_for(event, milliseconds, waiter);
   }
-  if (complete.is_ok() && complete.value() && checker_ != nullptr) {
+  if (complete.is_ok() && complete.value() && waiter == Waiter::kCaller && checker_ != nullptr) {
     std::lock_guard<std::mutex> lock(mutex_);
     checker_->wait(OrderChecker::kHost, event->clock_);
   }
@@ -226,7 +226,7 @@ Result<bool> Device::wait_for(const Event& event, unsigned milliseconds, Waiter 
 }
 
 Result<bool> Device::query(const Event& event) {
-  return wait_for(event, 0, Waiter::kBackground);
+  return wait_for(event, 0, Waiter::kCaller);
 }
 
 Status Device::synchronize(const Event& event) {
@@ -260,6 +260,15 @@ Status Device::use_host(const Access& access, std::string_view label) {
   return found(checker_->operation(OrderChecker::kHost, {&access, 1}, "use", label));
 }
 
+Status Device::hand_over_host(const std::byte* data, std::uint64_t nbytes, const Event& after,
+                              std::string_view label) {
+  const Result<Lock> lock = enter("use");
+  if (!lock.is_ok()) return lock.status();
+  if (checker_ == nullptr) return Status::ok();
+  const OrderChecker::Clock known = after != nullptr ? after->clock_ : OrderChecker::Clock{};
+  return found(checker_->hand_over(data, nbytes, known, "use by the host", label));
+}
+
 Status Device::set_compute_stream(std::uintptr_t handle) {
   const Result<Lock> lock = enter("change of the compute stream");
   if (!lock.is_ok()) return lock.status();
@@ -276,6 +285,12 @@ void Device::omit_waits(std::string_view why) {
   if (!owner_.is_current()) return;
   std::lock_guard<std::mutex> lock(mutex_);
   omitted_ = why;
+}
+
+bool Device::omits_waits(std::string_view why) const {
+  if (!owner_.is_current()) return false;
+  std::lock_guard<std::mutex> lock(mutex_);
+  return !omitted_.empty() && why == omitted_;
 }
 
 DeviceMemory::DeviceMemory(std::shared_ptr<Device> device, std::byte* data, std::uint64_t nbytes)

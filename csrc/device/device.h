@@ -44,7 +44,8 @@ namespace offload {
 class DeviceMemory;
 
 // Who waits in wait_for(): a thread of the caller's, which is stopped for it, or one of the core's,
-// which has nothing else to do. Only the former counts, and makes a simulated device hurry.
+// which has nothing else to do. Only the former counts, makes a simulated device hurry, and orders
+// the host after the event: when the latter wakes is a matter of luck.
 enum class Waiter : std::uint8_t { kCaller, kBackground };
 
 class Device : public std::enable_shared_from_this<Device> {
@@ -109,6 +110,11 @@ class Device : public std::enable_shared_from_this<Device> {
   // lasts is declared again at its end, before the event that others wait for is recorded.
   Status use(StreamId stream, const Access& access, std::string_view label);
   Status use_host(const Access& access, std::string_view label);
+  // Declares that host memory is about to be given to somebody else after the last copy from or to
+  // it, which came before `after`, was waited for. Null: nothing was waited for. The memory then
+  // has no history: whoever is told of it comes later.
+  Status hand_over_host(const std::byte* data, std::uint64_t nbytes, const Event& after,
+                        std::string_view label);
 
   // Work of the compute stream goes to this stream of the device's own (a cudaStream_t; 0: the
   // default one) from now on, after all that went to the former. kInvalid where there is no other.
@@ -121,6 +127,7 @@ class Device : public std::enable_shared_from_this<Device> {
   // Waits for this reason are left out from now on, and of nothing else: tests show that each is
   // needed. Empty: none.
   void omit_waits(std::string_view why);
+  bool omits_waits(std::string_view why) const;
 
   // Whether this is the process that made the device, and what `op` answers in a forked child.
   bool in_owner_process() const { return owner_.is_current(); }

@@ -42,8 +42,8 @@ OrderChecker::Clock OrderChecker::record(Agent agent) {
   return clocks_[agent];
 }
 
-bool OrderChecker::ordered(const Op& before, Agent agent) const {
-  return before == nullptr || before->count <= clocks_[agent][before->agent];
+bool OrderChecker::ordered(const Op& before, const Clock& known) {
+  return before == nullptr || before->count <= known[before->agent];
 }
 
 Status OrderChecker::operation(Agent agent, std::span<const Access> accesses, const char* what,
@@ -51,14 +51,24 @@ Status OrderChecker::operation(Agent agent, std::span<const Access> accesses, co
   join_host(agent);
   const Op op = std::make_shared<const Operation>(
       Operation{agent, ++clocks_[agent][agent], what, std::string(label)});
-  for (const Access& access : accesses) OFFLOAD_RETURN_IF_ERROR(check(op, access));
+  for (const Access& access : accesses) OFFLOAD_RETURN_IF_ERROR(check(op, access, clocks_[agent]));
   for (const Access& access : accesses) {
     if (access.nbytes > 0) apply(op, access);
   }
   return Status::ok();
 }
 
-Status OrderChecker::check(const Op& op, const Access& access) const {
+Status OrderChecker::hand_over(const std::byte* data, std::uint64_t nbytes, const Clock& known,
+                               const char* what, std::string_view label) {
+  const Op op = std::make_shared<const Operation>(Operation{kHost, 0, what, std::string(label)});
+  Clock all = known;
+  all[kHost] = clocks_[kHost][kHost];
+  const Status status = check(op, {data, nbytes, AccessKind::kWrite}, all);
+  forget(data, nbytes);
+  return status;
+}
+
+Status OrderChecker::check(const Op& op, const Access& access, const Clock& known) const {
   const std::uintptr_t end = end_of(access);
   auto at = segments_.upper_bound(begin_of(access));
   if (at != segments_.begin()) at = std::prev(at);
@@ -66,12 +76,12 @@ Status OrderChecker::check(const Op& op, const Access& access) const {
     const std::uintptr_t from = std::max(at->first, begin_of(access));
     const std::uintptr_t to = std::min(at->second.end, end);
     if (from >= to) continue;
-    if (!ordered(at->second.write, op->agent)) {
+    if (!ordered(at->second.write, known)) {
       return conflict(at->second.write, op, false, access, from, to);
     }
     if (access.kind == AccessKind::kRead) continue;
     for (const Op& read : at->second.reads) {
-      if (!ordered(read, op->agent)) return conflict(read, op, true, access, from, to);
+      if (!ordered(read, known)) return conflict(read, op, true, access, from, to);
     }
   }
   return Status::ok();

@@ -53,6 +53,10 @@ class OrderChecker {
   // The clock that an event recorded now carries.
   Clock record(Agent agent);
   void wait(Agent agent, const Clock& clock);
+  // The host does `what` with [data, data + nbytes) knowing `known` and its own operations, and
+  // then the memory changes hands: it has no history any more. kUnordered as for operation().
+  Status hand_over(const std::byte* data, std::uint64_t nbytes, const Clock& known,
+                   const char* what, std::string_view label);
   // Forgets [data, data + nbytes): the memory is gone.
   void forget(const std::byte* data, std::uint64_t nbytes);
 
@@ -79,10 +83,10 @@ class OrderChecker {
   using Segments = std::map<std::uintptr_t, Segment>;
 
   void join_host(Agent agent);
-  bool ordered(const Op& before, Agent agent) const;
+  static bool ordered(const Op& before, const Clock& known);
   Status conflict(const Op& before, const Op& now, bool earlier_reads, const Access& access,
                   std::uintptr_t begin, std::uintptr_t end) const;
-  Status check(const Op& op, const Access& access) const;
+  Status check(const Op& op, const Access& access, const Clock& known) const;
   void apply(const Op& op, const Access& access);
   void split(std::uintptr_t at);
   void merge(std::uintptr_t begin, std::uintptr_t end);

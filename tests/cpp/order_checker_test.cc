@@ -113,6 +113,26 @@ TEST_CASE("Memory that is gone has no history") {
   CHECK_FALSE(access(checker, kCompute, kWrite, 0x2000, 0x2001).is_ok());
 }
 
+TEST_CASE("Host memory changes hands when what copied it was waited for, whoever waited") {
+  const auto copied_from = [](OrderChecker& checker) {
+    must(access(checker, kHost, kWrite, 0, 100));
+    must(access(checker, kUp, kRead, 0, 100, "weights"));
+    const OrderChecker::Clock copied = checker.record(kUp);
+    must(access(checker, kHost, kRead, 0, 100));
+    return copied;
+  };
+  OrderChecker too_early;
+  static_cast<void>(copied_from(too_early));
+  CHECK(names_both(too_early.hand_over(at(0), 100, {}, "use by the host", "slab"),
+                   "'weights' on h2d (reads)", "use by the host of 'slab'"));
+  OrderChecker checker;
+  const OrderChecker::Clock copied = copied_from(checker);
+  must(access(checker, kUp, kRead, 200, 300));
+  must(checker.hand_over(at(0), 100, copied, "use by the host", "slab"));
+  CHECK(access(checker, kHost, kWrite, 0, 100).is_ok());
+  CHECK_FALSE(access(checker, kHost, kWrite, 200, 300).is_ok());
+}
+
 TEST_CASE("The history of a program that repeats does not grow") {
   OrderChecker checker;
   std::size_t most = 0;
