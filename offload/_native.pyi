@@ -1,5 +1,5 @@
 # ruff: noqa: A002  (the parameters are called so)
-"""The native core of offload: memory, swap files and update pipelines.
+"""The native core of offload: memory, devices, swap files and update pipelines.
 
 Failures are raised as the classes of offload.errors. Calls that wait release the GIL. Sizes and
 offsets are in bytes, addresses are plain integers.
@@ -14,6 +14,8 @@ Isa = Literal["scalar", "avx2", "avx512", "neon"]
 SqrtRule = Literal["ieee", "rsqrt", "rsqrt-fma", "rsqrt14-fma"]
 Rule = Literal["adamw", "adam", "sgd", "adagrad", "rmsprop", "lion"]
 ElementType = Literal["float32", "bfloat16", "float16"]
+Stream = Literal["compute", "h2d", "d2h"]
+Access = Literal["read", "write"]
 StateFormat = Literal["float32", "bfloat16", "int8"]
 
 @final
@@ -33,12 +35,13 @@ class HostArena:
     """All host memory of a wrapped model, under one hard budget."""
 
     def __init__(
-        self, budget: int, poison: bool = False, pin: Literal["cuda"] | None = None
+        self, budget: int, poison: bool = False, pin: Device | Literal["cuda"] | None = None
     ) -> None:
         """Reserve addresses for `budget` bytes; pages follow as they are first needed.
 
         With `poison`, memory is filled with 0xFF bytes when it is given back. With `pin`, it is
-        page-locked for CUDA; raises UnsupportedError where that cannot be.
+        page-locked: for a Device, which may then copy from and to it, or for CUDA at large; raises
+        UnsupportedError where that cannot be.
         """
 
     def try_allocate(self, nbytes: int) -> Lease | None:
@@ -53,6 +56,178 @@ class HostArena:
     @property
     def note(self) -> str:
         """What could not be had and was done without, such as a NUMA placement; often empty."""
+
+@final
+class Event:
+    """A point in a stream of a device."""
+
+    @property
+    def stream(self) -> Stream: ...
+
+@final
+class Device:
+    """Memory apart from the host's, with copies in streams.
+
+    What is submitted to a stream is done in order, later. Until an event recorded after it is
+    complete a copy may read its source, and its destination holds anything: keep both leases until
+    then. With `check`, two accesses that no wait orders raise UnorderedAccessError: in the call
+    that completes the conflict, or in the next one where that was a finalizer.
+
+    Streams: "compute" is where the model computes, "h2d" and "d2h" copy. On the simulated device
+    the compute stream is the calling thread.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def computes_on_host(self) -> bool:
+        """Whether torch's CPU operators compute on this device's memory."""
+
+    def memory_info(self) -> tuple[int, int]:
+        """Return the bytes that are free, and all."""
+
+    def copy_to_device(
+        self,
+        dst: DeviceLease,
+        src: Lease,
+        nbytes: int,
+        *,
+        dst_offset: int = 0,
+        src_offset: int = 0,
+        stream: Stream = "h2d",
+    ) -> None:
+        """Submit a copy, after the former uses of `dst`. The arena of `src` has this `pin`."""
+
+    def copy_to_host(
+        self,
+        dst: Lease,
+        src: DeviceLease,
+        nbytes: int,
+        *,
+        dst_offset: int = 0,
+        src_offset: int = 0,
+        stream: Stream = "d2h",
+    ) -> None:
+        """Submit a copy. It waits for nothing: make the stream wait for what wrote `src`."""
+
+    def fill(self, dst: DeviceLease, value: int, stream: Stream = "compute") -> None:
+        """Submit setting every byte to `value`, after the former uses of `dst`."""
+
+    def record(self, stream: Stream) -> Event:
+        """Return the point after all that was submitted to the stream so far."""
+
+    def wait(self, stream: Stream, event: Event, why: str) -> None:
+        """Let what is submitted to `stream` from now on start after `event`.
+
+        Returns at once, but for the compute stream of the simulated device. `why` names the reason
+        in `stats()["waits"]`.
+        """
+
+    def query(self, event: Event) -> bool:
+        """Return whether the event is complete."""
+
+    def synchronize(self, event: Event) -> None:
+        """Block until the event is complete; counted as one of `host_waits`."""
+
+    def drain(self) -> None:
+        """Block until all that was submitted is done."""
+
+    def use_host(self, lease: Lease, access: Access, label: str = "") -> None:
+        """Declare to the checker that the host reads or writes the lease now."""
+
+    def set_compute_stream(self, handle: int) -> None:
+        """Take a stream of CUDA's for the compute stream, such as torch's current stream."""
+
+    def omit_waits(self, why: str) -> None:
+        """Leave out the waits of this reason from now on: for tests that each is needed."""
+
+    def stats(self) -> dict[str, Any]:
+        """Return counters since the device was made.
+
+        Bytes: h2d_bytes, d2h_bytes, d2d_bytes. Counts: copies, events, host_waits, conflicts, and
+        `waits`, a dict of reason to waits of one stream for another.
+        """
+
+def simulated_device(
+    memory_bytes: int,
+    *,
+    pace: Literal["timed", "earliest", "latest"] = "timed",
+    delay_s: float = 0.0,
+    bytes_per_s: float = 0.0,
+    check: bool = True,
+) -> Device:
+    """Return a device without one, which obeys CUDA's rules of order.
+
+    The destination of a copy that has not ended is filled with 0xFF bytes, its source is read when
+    it ends. `pace` says when that is: "timed" takes `delay_s` and `bytes_per_s` (0: no limit) for
+    each copy, "earliest" ends it at once, "latest" not before somebody waits for it.
+    """
+
+def cuda_device(index: int = 0, *, check: bool = False) -> Device:
+    """Return a GPU; raises UnsupportedError where this build or machine has none."""
+
+@final
+class DeviceView(Buffer):
+    """What tensors on a lease are made from; its use by the compute stream lasts as long as they.
+
+    A writable buffer on the simulated device (``torch.frombuffer``), else an object with
+    ``__cuda_array_interface__`` (``torch.as_tensor``): bytes, all of the lease.
+    """
+
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]: ...
+
+@final
+class DeviceLease:
+    """The right to use some bytes of a DeviceArena; given back with the last reference.
+
+    The next owner's streams wait for the uses that were noted, so a lease may be dropped while work
+    on it is still in flight.
+    """
+
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def offset(self) -> int: ...
+    @property
+    def address(self) -> int: ...
+    @property
+    def label(self) -> str: ...
+    def acquire(self, stream: Stream) -> None:
+        """Make the stream wait for the uses of the range by its former owners."""
+
+    def note_use(self, event: Event) -> None:
+        """Let nobody else use the range before `event`."""
+
+    def use(self, stream: Stream, access: Access) -> None:
+        """Declare to the checker that work submitted to the stream now uses the lease."""
+
+    def view(self, access: Access = "write") -> DeviceView:
+        """Begin a use by the compute stream; it ends, and is noted, when the view goes."""
+
+@final
+class DeviceArena:
+    """All device memory of a wrapped model: one allocation of `budget` bytes.
+
+    With `poison`, ranges are filled with 0xFF bytes when they are given back, in stream order.
+    """
+
+    def __init__(self, device: Device, budget: int, poison: bool = False) -> None: ...
+    def try_allocate(self, nbytes: int, label: str = "") -> DeviceLease | None:
+        """Return a lease, or None when no free range is long enough."""
+
+    def allocate(self, nbytes: int, label: str = "") -> DeviceLease:
+        """Return a lease; raises BudgetError when no free range is long enough."""
+
+    def allocate_at(self, offset: int, nbytes: int, label: str = "") -> DeviceLease:
+        """Return a lease of a planned range; raises BudgetError when it is in use."""
+
+    @property
+    def device(self) -> Device: ...
+    def usage(self) -> dict[str, int]:
+        """Return bytes: budget, in_use, peak, largest_free; and allocations so far."""
 
 @final
 class Transfer:
@@ -300,6 +475,67 @@ class UpdateFormat:
 
     @property
     def has_master(self) -> bool: ...
+
+@final
+class DeviceTransfer:
+    """Bytes on their way between disk, host memory and a device; goes on without a handle."""
+
+    def issued(self) -> bool:
+        """Return whether a stream can be made to wait for its copy, or the transfer has ended."""
+
+    def wait_stream(self, stream: Stream = "compute") -> None:
+        """Make the stream wait for the copy; the host does not wait for it.
+
+        Blocks until the copy is issued, which counts as a stall. Raises the error that ended the
+        transfer before.
+        """
+
+    def done(self) -> bool: ...
+    def wait(self) -> None:
+        """Block until the end; raises the transfer's error."""
+
+    def cancel(self) -> None:
+        """Do not take the next step; ``wait`` then raises TransferCancelledError."""
+
+@final
+class DeviceTransfers:
+    """Starts transfers, and keeps both leases of each for as long as it needs them.
+
+    `via` is the host lease that the bytes go through, of an arena pinned for the device; without
+    `store` and `object` they come from there, or stay there.
+    """
+
+    def __init__(self, device: Device) -> None: ...
+    def fetch(
+        self,
+        dst: DeviceLease,
+        via: Lease,
+        nbytes: int,
+        *,
+        store: SwapStore | None = None,
+        object: int = 0,
+        demand: bool = False,
+    ) -> DeviceTransfer:
+        """Start to read the object, and to copy it to the device as soon as it is in memory."""
+
+    def spill(
+        self,
+        src: DeviceLease,
+        via: Lease,
+        nbytes: int,
+        *,
+        after: Event | None = None,
+        store: SwapStore | None = None,
+        object: int = 0,
+        demand: bool = False,
+    ) -> DeviceTransfer:
+        """Start to copy to the host, after the event, and to write the object after that.
+
+        `src` may be dropped at once.
+        """
+
+    def stats(self) -> dict[str, float]:
+        """Return `stalls`, the waits for a copy to be issued, and `stall_seconds`."""
 
 @final
 class UpdateOperand:

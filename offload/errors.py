@@ -47,6 +47,14 @@ class SpilledTensorError(OffloadError, RuntimeError):
     """A spilled parameter or gradient was used in a way that needs its bytes in memory."""
 
 
+class DeviceError(OffloadError, RuntimeError):
+    """A device, or its driver, failed an operation."""
+
+
+class UnorderedAccessError(OffloadError, RuntimeError):
+    """Two operations use the same bytes of a device and nothing makes one wait for the other."""
+
+
 _BY_CODE: dict[str, type[OffloadError]] = {
     "budget": BudgetError,
     "no memory": BudgetError,
@@ -55,6 +63,8 @@ _BY_CODE: dict[str, type[OffloadError]] = {
     "corrupt": CorruptionError,
     "unsupported": UnsupportedError,
     "cancelled": TransferCancelledError,
+    "device": DeviceError,
+    "unordered": UnorderedAccessError,
 }
 
 

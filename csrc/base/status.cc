@@ -27,6 +27,10 @@ const char* code_name(Code code) {
       return "closed";
     case Code::kCancelled:
       return "cancelled";
+    case Code::kDevice:
+      return "device";
+    case Code::kUnordered:
+      return "unordered";
   }
   return "unknown";
 }

@@ -23,6 +23,8 @@ enum class Code : std::uint8_t {
   kUnsupported,  // this machine, kernel or filesystem cannot do it
   kClosed,       // the object was closed, or the operation was cancelled by close()
   kCancelled,    // the caller cancelled the operation before it started
+  kDevice,       // a device, or its driver, failed
+  kUnordered,    // two accesses to the same bytes that nothing orders
 };
 
 // Name of `code` for messages: "no space", "budget", ...

@@ -6,9 +6,11 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <variant>
 
 #include "bind/bindings.h"
 #include "bind/errors.h"
+#include "device/device.h"
 #include "mem/cuda_registrar.h"
 #include "mem/make_host_memory.h"
 
@@ -17,10 +19,16 @@ namespace py = pybind11;
 namespace offload::bind {
 namespace {
 
-std::shared_ptr<MemoryRegistrar> registrar_for(const std::optional<std::string>& pin) {
+using Pin = std::optional<std::variant<std::shared_ptr<Device>, std::string>>;
+
+std::shared_ptr<MemoryRegistrar> registrar_for(const Pin& pin) {
   if (!pin.has_value()) return nullptr;
-  if (*pin == "cuda") return take(CudaRegistrar::create());
-  raise(Status::error(Code::kInvalid, "pin must be None or 'cuda', not '" + *pin + "'"));
+  if (const auto* device = std::get_if<std::shared_ptr<Device>>(&*pin)) {
+    return (*device)->registrar();
+  }
+  const std::string& name = std::get<std::string>(*pin);
+  if (name == "cuda") return take(CudaRegistrar::create());
+  raise(Status::error(Code::kInvalid, "pin must be None, a Device or 'cuda', not '" + name + "'"));
 }
 
 }  // namespace
@@ -36,11 +44,15 @@ void bind_memory(py::module_& m) {
                                static_cast<py::ssize_t>(lease.nbytes()));
       });
   py::class_<HostMemory, std::shared_ptr<HostMemory>>(m, "HostArena")
-      .def(py::init([](std::uint64_t budget, bool poison, const std::optional<std::string>& pin) {
+      .def(py::init([](std::uint64_t budget, bool poison, const Pin& pin) {
              HostMemoryOptions options;
              options.poison = poison;
              options.arena.registrar = registrar_for(pin);
-             return take(make_host_memory(budget, options));
+             std::shared_ptr<HostMemory> memory = take(make_host_memory(budget, options));
+             if (pin.has_value() && std::holds_alternative<std::shared_ptr<Device>>(*pin)) {
+               std::get<std::shared_ptr<Device>>(*pin)->add_host_memory(memory);
+             }
+             return memory;
            }),
            py::arg("budget"), py::arg("poison") = false, py::arg("pin") = py::none())
       .def(

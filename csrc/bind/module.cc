@@ -4,11 +4,13 @@
 #include "bind/bindings.h"
 
 PYBIND11_MODULE(_native, module) {
-  module.doc() = "The native core of offload: memory, swap files and update pipelines.";
+  module.doc() = "The native core of offload: memory, devices, swap files and update pipelines.";
+  offload::bind::bind_device(module);
   offload::bind::bind_disk(module);
   offload::bind::bind_memory(module);
   offload::bind::bind_optim(module);
   offload::bind::bind_store(module);
+  offload::bind::bind_device_transfer(module);
   offload::bind::bind_update(module);
   offload::bind::bind_adafactor(module);
 }

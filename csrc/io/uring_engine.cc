@@ -28,7 +28,7 @@
 #include <utility>
 #include <vector>
 
-#include "io/engine_thread.h"
+#include "sys/engine_thread.h"
 #include "io/io_scheduler.h"
 #include "io/request_progress.h"
 #include "io/ring.h"

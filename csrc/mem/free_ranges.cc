@@ -21,6 +21,20 @@ void FreeRanges::take(std::uint64_t offset, std::uint64_t nbytes) {
   if (rest > 0) insert(offset + nbytes, rest);
 }
 
+bool FreeRanges::take_at(std::uint64_t offset, std::uint64_t nbytes) {
+  auto range = by_offset_.upper_bound(offset);
+  if (range == by_offset_.begin()) return false;
+  range = std::prev(range);
+  const auto [begin, length] = *range;
+  if (nbytes > length || offset - begin > length - nbytes) return false;
+  erase(range);
+  if (offset > begin) insert(begin, offset - begin);
+  if (offset + nbytes < begin + length) {
+    insert(offset + nbytes, begin + length - (offset + nbytes));
+  }
+  return true;
+}
+
 void FreeRanges::give_back(std::uint64_t offset, std::uint64_t nbytes) {
   auto next = by_offset_.lower_bound(offset);
   if (next != by_offset_.begin()) {

@@ -21,6 +21,8 @@ class FreeRanges {
   // Takes the first `nbytes` of the free range that starts at `offset`. REQUIRES: `offset` is what
   // best_fit(nbytes) returned, and nothing has changed since.
   void take(std::uint64_t offset, std::uint64_t nbytes);
+  // Takes these bytes; false, and nothing changed, when some of them are not free.
+  bool take_at(std::uint64_t offset, std::uint64_t nbytes);
   // REQUIRES: the bytes are taken.
   void give_back(std::uint64_t offset, std::uint64_t nbytes);
 

@@ -63,8 +63,7 @@ class HostArena final : public HostMemory {
   std::uint64_t capacity() const override { return capacity_; }
   const std::string& note() const override { return note_; }
 
-  // Registered ranges end at multiples of this from base(), or at the end of the arena.
-  std::uint64_t commit_step() const { return commit_step_; }
+  std::uint64_t commit_step() const override { return commit_step_; }
   // The node that pages come from; nothing when no node was preferred.
   std::optional<int> numa_node() const { return numa_node_; }
 

@@ -64,6 +64,9 @@ class HostMemory : public std::enable_shared_from_this<HostMemory> {
   // were never part of a block may be inaccessible.
   virtual std::byte* base() const = 0;
   virtual std::uint64_t capacity() const = 0;
+  // Where registered ranges end: at multiples of this from base(), or at the end of what is
+  // committed. No device copy may go across (memory_registrar.h).
+  virtual std::uint64_t commit_step() const = 0;
   // What could not be had and was done without, for people; empty when there was nothing.
   virtual const std::string& note() const = 0;
 

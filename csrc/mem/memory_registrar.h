@@ -3,7 +3,7 @@
 // Contract: an arena registers each range right after it became writable and before any lease lies
 // in it, and unregisters each before it is unmapped. Ranges are disjoint, whole pages, and adjacent
 // ranges stay separate registrations: one device copy may not cross from one into the next (CUDA
-// answers cudaErrorInvalidValue), so long copies are split where HostArena::commit_step() says.
+// answers cudaErrorInvalidValue), so long copies are split where HostMemory::commit_step() says.
 // Calls for one arena never overlap; a registrar shared by several arenas must be thread-safe.
 #pragma once
 

@@ -20,6 +20,7 @@ class MemoryWrapper : public HostMemory {
   Usage usage() const override { return inner_->usage(); }
   std::byte* base() const override { return inner_->base(); }
   std::uint64_t capacity() const override { return inner_->capacity(); }
+  std::uint64_t commit_step() const override { return inner_->commit_step(); }
   const std::string& note() const override { return inner_->note(); }
 
  protected:

@@ -32,7 +32,7 @@
 #include <vector>
 
 #include "base/status.h"
-#include "io/engine_thread.h"
+#include "sys/engine_thread.h"
 #include "mem/host_memory.h"
 #include "store/swap_store.h"
 #include "stream/staging_pool.h"

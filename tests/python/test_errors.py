@@ -32,6 +32,8 @@ def test_all_are_public() -> None:
         (errors.CorruptionError, OSError),
         (errors.SpilledTensorError, RuntimeError),
         (errors.CheckpointError, RuntimeError),
+        (errors.DeviceError, RuntimeError),
+        (errors.UnorderedAccessError, RuntimeError),
     ],
 )
 def test_builtin_bases(cls: type[Exception], builtin: type[Exception]) -> None:
@@ -46,6 +48,8 @@ def test_builtin_bases(cls: type[Exception], builtin: type[Exception]) -> None:
         ("os error", errors.SwapIOError),
         ("corrupt", errors.CorruptionError),
         ("unsupported", errors.UnsupportedError),
+        ("device", errors.DeviceError),
+        ("unordered", errors.UnorderedAccessError),
         ("invalid", errors.OffloadError),
         ("closed", errors.OffloadError),
         ("of a later version", errors.OffloadError),

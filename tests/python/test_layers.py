@@ -1,6 +1,7 @@
 """Imports point one way. The tables are the layers of the design; a new folder or module joins one.
 
-csrc:     base <- sys <- cuda <- {mem, io} <- store <- stream <- bind; optim sees base only
+csrc:     base <- sys <- cuda <- {mem, io} <- {store, device} <- stream <- bind;
+          optim sees base only
 offload:  {policy, errors, trace} <- _native <- tiers <- {runtime, optim} <- checkpoint <- api
           <- {integrations, cli}; planner sees policy and errors, report sees trace and planner
 """
@@ -25,8 +26,9 @@ CSRC_LAYERS: dict[str, set[str]] = {
     "io": {"base", "sys"},
     "optim": {"base"},
     "store": {"base", "sys", "mem", "io"},
-    "stream": {"base", "sys", "mem", "io", "store", "optim"},
-    "bind": {"base", "sys", "mem", "io", "store", "optim", "stream"},
+    "device": {"base", "sys", "cuda", "mem"},
+    "stream": {"base", "sys", "mem", "io", "store", "device", "optim"},
+    "bind": {"base", "sys", "mem", "io", "store", "device", "optim", "stream"},
 }
 
 # Module or package under offload -> the other ones it may import.

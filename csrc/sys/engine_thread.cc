@@ -1,4 +1,4 @@
-#include "io/engine_thread.h"
+#include "sys/engine_thread.h"
 
 #include <signal.h>
 

@@ -1,0 +1,324 @@
+#include "device/device.h"
+
+#include <atomic>
+#include <utility>
+
+#include "device/split_copy.h"
+
+namespace offload {
+namespace {
+
+bool contains(const std::byte* base, std::uint64_t size, const std::byte* data,
+              std::uint64_t nbytes) {
+  const auto begin = reinterpret_cast<std::uintptr_t>(base);
+  const auto at = reinterpret_cast<std::uintptr_t>(data);
+  return at >= begin && nbytes <= size && at - begin <= size - nbytes;
+}
+
+// An address may be that of an earlier device.
+std::uint64_t next_device_id() {
+  static std::atomic<std::uint64_t> last{0};
+  return ++last;
+}
+
+}  // namespace
+
+Device::Device(bool check)
+    : id_(next_device_id()), checker_(check ? std::make_unique<OrderChecker>() : nullptr) {}
+
+Status Device::check_owner(const char* op) const {
+  if (owner_.is_current()) return Status::ok();
+  return Status::error(Code::kInvalid,
+                       std::string(op) +
+                           ": this is a forked child, and a device belongs to the process that "
+                           "opened it; start the child with spawn");
+}
+
+Result<Device::Lock> Device::enter(const char* op) {
+  OFFLOAD_RETURN_IF_ERROR(check_owner(op));
+  Lock lock(mutex_);
+  if (!noted_.has_value()) return lock;
+  return std::exchange(noted_, std::nullopt)->with_context("before this call");
+}
+
+void Device::note_error(const Status& status) {
+  if (!owner_.is_current()) return;
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (!noted_.has_value()) noted_ = status;
+}
+
+Status Device::in_device(const std::byte* data, std::uint64_t nbytes) const {
+  for (const Range& range : memory_) {
+    if (contains(range.data, range.nbytes, data, nbytes)) return Status::ok();
+  }
+  return Status::error(Code::kInvalid,
+                       std::to_string(nbytes) + " bytes of a copy are not memory of " + name());
+}
+
+Result<const Device::HostRange*> Device::in_host(const std::byte* data,
+                                                 std::uint64_t nbytes) const {
+  for (const HostRange& range : host_memory_) {
+    if (contains(range.base, range.nbytes, data, nbytes) && !range.owner.expired()) return &range;
+  }
+  return Status::error(Code::kInvalid,
+                       std::to_string(nbytes) +
+                           " bytes of a copy are in no host memory that was registered with " +
+                           name() + "; pin the HostArena for the device and add it");
+}
+
+Status Device::own_event(const Event& event) const {
+  if (event != nullptr && event->device_ == id_) return Status::ok();
+  return Status::error(Code::kInvalid, "this event was not recorded on " + name());
+}
+
+Status Device::found(Status status) {
+  if (status.code() == Code::kUnordered) ++conflicts_;
+  return status;
+}
+
+Status Device::checked(StreamId stream, std::span<const Access> accesses, const char* what,
+                       std::string_view label) {
+  if (checker_ == nullptr) return Status::ok();
+  return found(checker_->operation(OrderChecker::agent_of(stream), accesses, what, label));
+}
+
+Result<Device::MemoryInfo> Device::memory_info() {
+  const Result<Lock> lock = enter("memory info");
+  if (!lock.is_ok()) return lock.status();
+  return do_memory_info();
+}
+
+Result<DeviceMemory> Device::allocate(std::uint64_t nbytes) {
+  if (nbytes == 0) return Status::error(Code::kInvalid, "0 bytes of device memory were asked for");
+  const Result<Lock> lock = enter("allocation");
+  if (!lock.is_ok()) return lock.status();
+  const Result<std::byte*> data = do_allocate(nbytes);
+  if (!data.is_ok()) return data.status();
+  memory_.push_back({data.value(), nbytes});
+  return DeviceMemory(shared_from_this(), data.value(), nbytes);
+}
+
+void Device::free(std::byte* data, std::uint64_t nbytes) {
+  if (!owner_.is_current()) return;
+  const Status drained = do_drain();
+  std::lock_guard<std::mutex> lock(mutex_);
+  const Status freed = do_free(data, nbytes);
+  std::erase_if(memory_, [data](const Range& range) { return range.data == data; });
+  if (checker_ != nullptr) checker_->forget(data, nbytes);
+  for (const Status& status : {drained, freed}) {
+    if (!status.is_ok() && !noted_.has_value()) noted_ = status;
+  }
+}
+
+void Device::add_host_memory(const std::shared_ptr<HostMemory>& memory) {
+  if (!owner_.is_current()) return;
+  std::lock_guard<std::mutex> lock(mutex_);
+  std::erase_if(host_memory_, [](const HostRange& range) { return range.owner.expired(); });
+  host_memory_.push_back({memory, memory->base(), memory->capacity(), memory->commit_step()});
+}
+
+Status Device::copy_between(Direction direction, std::byte* dst, const std::byte* src,
+                            std::uint64_t nbytes, StreamId stream, std::string_view label) {
+  const bool to_device = direction == Direction::kToDevice;
+  const Result<Lock> lock = enter("copy");
+  if (!lock.is_ok()) return lock.status();
+  OFFLOAD_RETURN_IF_ERROR(in_device(to_device ? dst : src, nbytes));
+  const std::byte* host = to_device ? src : dst;
+  const Result<const HostRange*> range = in_host(host, nbytes);
+  if (!range.is_ok()) return range.status();
+  const Access accesses[] = {{src, nbytes, AccessKind::kRead}, {dst, nbytes, AccessKind::kWrite}};
+  OFFLOAD_RETURN_IF_ERROR(
+      checked(stream, accesses, to_device ? "copy to the device" : "copy to the host", label));
+  const auto offset = static_cast<std::uint64_t>(host - range.value()->base);
+  return split_copy(offset, nbytes, range.value()->step, [&](std::uint64_t at, std::uint64_t part) {
+    OFFLOAD_RETURN_IF_ERROR(do_copy(direction, dst + at, src + at, part, stream));
+    ++stats_.copies;
+    (to_device ? stats_.h2d_bytes : stats_.d2h_bytes) += part;
+    return Status::ok();
+  });
+}
+
+Status Device::copy_h2d(std::byte* dst, const std::byte* src, std::uint64_t nbytes, StreamId stream,
+                        std::string_view label) {
+  return copy_between(Direction::kToDevice, dst, src, nbytes, stream, label);
+}
+
+Status Device::copy_d2h(std::byte* dst, const std::byte* src, std::uint64_t nbytes, StreamId stream,
+                        std::string_view label) {
+  return copy_between(Direction::kToHost, dst, src, nbytes, stream, label);
+}
+
+Status Device::copy_d2d(std::byte* dst, const std::byte* src, std::uint64_t nbytes, StreamId stream,
+                        std::string_view label) {
+  const Result<Lock> lock = enter("copy");
+  if (!lock.is_ok()) return lock.status();
+  OFFLOAD_RETURN_IF_ERROR(in_device(src, nbytes));
+  OFFLOAD_RETURN_IF_ERROR(in_device(dst, nbytes));
+  const Access accesses[] = {{src, nbytes, AccessKind::kRead}, {dst, nbytes, AccessKind::kWrite}};
+  OFFLOAD_RETURN_IF_ERROR(checked(stream, accesses, "copy on the device", label));
+  OFFLOAD_RETURN_IF_ERROR(do_copy(Direction::kOnDevice, dst, src, nbytes, stream));
+  ++stats_.copies;
+  stats_.d2d_bytes += nbytes;
+  return Status::ok();
+}
+
+Status Device::fill(std::byte* dst, std::uint8_t value, std::uint64_t nbytes, StreamId stream,
+                    std::string_view label) {
+  const Result<Lock> lock = enter("fill");
+  if (!lock.is_ok()) return lock.status();
+  OFFLOAD_RETURN_IF_ERROR(in_device(dst, nbytes));
+  const Access access{dst, nbytes, AccessKind::kWrite};
+  OFFLOAD_RETURN_IF_ERROR(checked(stream, {&access, 1}, "fill", label));
+  return do_fill(dst, value, nbytes, stream);
+}
+
+Result<Event> Device::record(StreamId stream) {
+  const Result<Lock> lock = enter("record");
+  if (!lock.is_ok()) return lock.status();
+  Result<std::shared_ptr<DeviceEvent>> recorded = do_record(stream);
+  if (!recorded.is_ok()) return recorded.status();
+  DeviceEvent& event = *recorded.value();
+  event.device_ = id_;
+  event.stream_ = stream;
+  event.number_ = ++events_;
+  if (checker_ != nullptr) event.clock_ = checker_->record(OrderChecker::agent_of(stream));
+  ++stats_.events;
+  return Event(recorded.take());
+}
+
+Status Device::wait(StreamId stream, const Event& event, std::string_view why) {
+  OFFLOAD_RETURN_IF_ERROR(own_event(event));
+  {
+    const Result<Lock> lock = enter("wait");
+    if (!lock.is_ok()) return lock.status();
+    if (event->stream() == stream || (!omitted_.empty() && why == omitted_)) return Status::ok();
+    OFFLOAD_RETURN_IF_ERROR(do_wait(stream, event));
+    if (checker_ != nullptr) checker_->wait(OrderChecker::agent_of(stream), event->clock_);
+    const auto count = stats_.waits.find(why);
+    if (count != stats_.waits.end()) {
+      ++count->second;
+    } else {
+      stats_.waits.emplace(why, 1);
+    }
+  }
+  return block_for_wait(stream, event);
+}
+
+Result<bool> Device::wait_for(const Event& event, unsigned milliseconds, Waiter waiter) {
+  OFFLOAD_RETURN_IF_ERROR(own_event(event));
+  {
+    const Result<Lock> lock = enter("wait");
+    if (!lock.is_ok()) return lock.status();
+  }
+  Result<bool> complete = do_wait_for(event, 0, Waiter::kBackground);
+  if (complete.is_ok() && !complete.value() && milliseconds > 0) {
+    if (waiter == Waiter::kCaller && !event->waited_.exchange(true)) {
+      std::lock_guard<std::mutex> lock(mutex_);
+      ++stats_.host_waits;
+    }
+    complete = do_wait_for(event, milliseconds, waiter);
+  }
+  if (complete.is_ok() && complete.value() && waiter == Waiter::kCaller && checker_ != nullptr) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    checker_->wait(OrderChecker::kHost, event->clock_);
+  }
+  return complete;
+}
+
+Result<bool> Device::query(const Event& event) {
+  return wait_for(event, 0, Waiter::kCaller);
+}
+
+Status Device::synchronize(const Event& event) {
+  while (true) {
+    const Result<bool> complete = wait_for(event, 1000, Waiter::kCaller);
+    if (!complete.is_ok()) return complete.status();
+    if (complete.value()) return Status::ok();
+  }
+}
+
+Status Device::drain() {
+  for (const StreamId stream : {StreamId::kCompute, StreamId::kH2d, StreamId::kD2h}) {
+    const Result<Event> end = record(stream);
+    if (!end.is_ok()) return end.status();
+    OFFLOAD_RETURN_IF_ERROR(synchronize(end.value()));
+  }
+  return Status::ok();
+}
+
+Status Device::use(StreamId stream, const Access& access, std::string_view label) {
+  const Result<Lock> lock = enter("use");
+  if (!lock.is_ok()) return lock.status();
+  OFFLOAD_RETURN_IF_ERROR(in_device(access.data, access.nbytes));
+  return checked(stream, {&access, 1}, "use", label);
+}
+
+Status Device::use_host(const Access& access, std::string_view label) {
+  const Result<Lock> lock = enter("use");
+  if (!lock.is_ok()) return lock.status();
+  if (checker_ == nullptr) return Status::ok();
+  return found(checker_->operation(OrderChecker::kHost, {&access, 1}, "use", label));
+}
+
+Status Device::hand_over_host(const std::byte* data, std::uint64_t nbytes, const Event& after,
+                              std::string_view label) {
+  const Result<Lock> lock = enter("use");
+  if (!lock.is_ok()) return lock.status();
+  if (checker_ == nullptr) return Status::ok();
+  const OrderChecker::Clock known = after != nullptr ? after->clock_ : OrderChecker::Clock{};
+  return found(checker_->hand_over(data, nbytes, known, "use by the host", label));
+}
+
+Status Device::set_compute_stream(std::uintptr_t handle) {
+  const Result<Lock> lock = enter("change of the compute stream");
+  if (!lock.is_ok()) return lock.status();
+  return do_set_compute_stream(handle);
+}
+
+Device::Stats Device::stats() const {
+  if (!owner_.is_current()) return {};
+  std::lock_guard<std::mutex> lock(mutex_);
+  return stats_;
+}
+
+void Device::omit_waits(std::string_view why) {
+  if (!owner_.is_current()) return;
+  std::lock_guard<std::mutex> lock(mutex_);
+  omitted_ = why;
+}
+
+bool Device::omits_waits(std::string_view why) const {
+  if (!owner_.is_current()) return false;
+  std::lock_guard<std::mutex> lock(mutex_);
+  return !omitted_.empty() && why == omitted_;
+}
+
+DeviceMemory::DeviceMemory(std::shared_ptr<Device> device, std::byte* data, std::uint64_t nbytes)
+    : device_(std::move(device)), data_(data), nbytes_(nbytes) {}
+
+DeviceMemory::DeviceMemory(DeviceMemory&& other) noexcept
+    : device_(std::move(other.device_)),
+      data_(std::exchange(other.data_, nullptr)),
+      nbytes_(std::exchange(other.nbytes_, 0)) {}
+
+DeviceMemory& DeviceMemory::operator=(DeviceMemory&& other) noexcept {
+  if (this != &other) {
+    release();
+    device_ = std::move(other.device_);
+    data_ = std::exchange(other.data_, nullptr);
+    nbytes_ = std::exchange(other.nbytes_, 0);
+  }
+  return *this;
+}
+
+DeviceMemory::~DeviceMemory() {
+  release();
+}
+
+void DeviceMemory::release() {
+  if (data_ == nullptr) return;
+  device_->free(std::exchange(data_, nullptr), nbytes_);
+  device_.reset();
+}
+
+}  // namespace offload

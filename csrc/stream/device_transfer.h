@@ -1,0 +1,123 @@
+// DeviceTransfer: bytes on their way between the disk, host memory and a device, without the GIL.
+//
+// Protocol of a fetch:
+//  1. read the object into the host lease, where there is an object; else the bytes are there.
+//  2. on the engine's thread, when the read is done: the h2d stream waits for the former uses of
+//     the device lease, copies, and records an event, which is noted as a use of that lease. The
+//     copy is issued now: a stream can be made to wait for it.
+//  3. when the event is complete, the host lease is let go and the transfer is done.
+// Protocol of a spill:
+//  1. the d2h stream waits for `after`, copies, and records an event, noted as a use of the device
+//     lease, which is let go at once: whoever gets its memory next waits for the event.
+//  2. when the event is complete, the host lease is written to the object, where there is one.
+//  3. when that is done, the host lease is let go and the transfer is done.
+// An error at any step ends the transfer with it, and lets go of everything before a waiter wakes;
+// nothing that was submitted to a stream is ever taken back, and what it uses is kept until then.
+//
+// Dropping the last handle cancels nothing. Thread-safe.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <utility>
+
+#include "base/status.h"
+#include "device/device_arena.h"
+#include "mem/host_memory.h"
+#include "store/swap_store.h"
+#include "stream/device_completions.h"
+#include "sys/at_fork.h"
+
+namespace offload {
+
+// The object on disk at one end of a transfer, whole; none: the transfer ends in host memory. A
+// transfer does not keep the store, whose destructor must not run on its own threads: one that is
+// gone answers kClosed.
+struct DiskEnd {
+  std::weak_ptr<SwapStore> store;
+  ObjectId object = kNoObject;
+  IoPriority priority = IoPriority::kBackground;
+};
+
+class DeviceTransfer : public std::enable_shared_from_this<DeviceTransfer> {
+ public:
+  // Why streams wait for each other here, for Device::wait().
+  static constexpr const char* kArrival = "copy to the device before its use";
+  static constexpr const char* kResult = "use before the copy to the host";
+
+  // kInvalid when a lease holds less than `nbytes` or the object is of another size. After an
+  // error nothing was started.
+  static Result<std::shared_ptr<DeviceTransfer>> fetch(std::shared_ptr<DeviceEvents> events,
+                                                       DiskEnd disk, std::shared_ptr<Lease> host,
+                                                       std::shared_ptr<DeviceLease> device,
+                                                       std::uint64_t nbytes);
+  // `after`, which may be null, is an event after all that wrote the device lease.
+  static Result<std::shared_ptr<DeviceTransfer>> spill(std::shared_ptr<DeviceEvents> events,
+                                                       DiskEnd disk, std::shared_ptr<Lease> host,
+                                                       std::shared_ptr<DeviceLease> device,
+                                                       std::uint64_t nbytes, const Event& after);
+
+  // Whether the copy of the device has been submitted, or the transfer has ended without.
+  bool issued() const;
+  // The same after at most `milliseconds`. The first call that has to wait counts as a stall.
+  bool wait_until_issued(unsigned milliseconds);
+  // Makes `stream` wait for the copy; the host does not. The error that ended the transfer before
+  // its copy; kInvalid when it is not issued yet.
+  Status make_wait(StreamId stream) const;
+
+  bool done() const;
+  // Waits for the end for at most `milliseconds`; whether it came.
+  Result<bool> wait_for(unsigned milliseconds);
+  // REQUIRES: done().
+  Status status() const;
+
+  // What has not started does not: no read, no copy after a read, no write after a copy. The
+  // transfer then ends with kCancelled, and what was to be written keeps its former version.
+  void cancel() { cancelled_ = true; }
+
+ private:
+  DeviceTransfer(std::shared_ptr<DeviceEvents> events, DiskEnd disk, std::shared_ptr<Lease> host,
+                 std::shared_ptr<DeviceLease> device, std::uint64_t nbytes)
+      : events_(std::move(events)),
+        disk_(std::move(disk)),
+        nbytes_(nbytes),
+        device_label_(device->label()),
+        host_(std::move(host)),
+        device_(std::move(device)) {}
+
+  Status check() const;
+  Device& device() const { return *events_->device(); }
+  // Nothing copies from or to the host lease any more.
+  Status host_is_free(const Status& copied, const Event& waited);
+  bool has_disk() const { return disk_.object != kNoObject; }
+  Result<std::shared_ptr<SwapStore>> store() const;
+  Status read_disk();
+  void copied_to_host(const Status& copied);
+  Status write_disk();
+  Status copy_to_device();
+  Status copy_to_host(const Event& after);
+  // What was submitted, perhaps in part, and cannot be followed up is waited for: its memory goes.
+  Status abandon(const Status& status);
+  void set_issued(Event event);
+  void finish(const Status& status);
+
+  const std::shared_ptr<DeviceEvents> events_;
+  const DiskEnd disk_;
+  const std::uint64_t nbytes_;
+  const std::string device_label_;
+  std::atomic<bool> cancelled_{false};
+  std::shared_ptr<Lease> host_;          // until the end; then empty
+  std::shared_ptr<DeviceLease> device_;  // until the copy is issued; then empty
+
+  mutable std::mutex mutex_;  // guards all below
+  mutable ForkSafeCondition changed_;
+  Event event_;  // of the copy, once issued
+  bool done_ = false;
+  bool stalled_ = false;  // counted
+  Status status_;
+};
+
+}  // namespace offload
