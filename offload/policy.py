@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike, fspath
+from typing import Literal
 
 from offload.errors import PolicyError
 
@@ -20,6 +21,12 @@ _UNITS = {
     "MIB": 2**20,
     "GIB": 2**30,
     "TIB": 2**40,
+}
+Pace = Literal["timed", "earliest", "latest"]
+_SIMULATED: dict[str, Pace] = {
+    "simulated": "timed",
+    "simulated:latest": "latest",
+    "simulated:earliest": "earliest",
 }
 ACTIVATIONS = ("keep", "host", "disk", "recompute", "auto")
 """What ``Policy.activations`` may be."""
@@ -65,8 +72,8 @@ class Budget:
             that the runtime holds, as an int or a string such as "20GiB". Activations that autograd
             keeps are not part of it.
         disk: bytes of the swap directory; None: what the filesystem has.
-        device: bytes of GPU memory; refused while ``Policy.device`` is "cpu", where the device is
-            the host.
+        device: bytes of the device's memory for parameters and gradients in use; refused while
+            ``Policy.device`` is "cpu", where the device is the host.
     """
 
     host: int | str
@@ -87,6 +94,11 @@ class Budget:
         return parse_bytes(self.host, "Budget(host=...)")
 
     @property
+    def device_bytes(self) -> int:
+        """The device budget in bytes, 0 when none was given."""
+        return 0 if self.device is None else parse_bytes(self.device, "Budget(device=...)")
+
+    @property
     def disk_bytes(self) -> int | None:
         """The disk budget in bytes, None when unlimited."""
         return None if self.disk is None else parse_bytes(self.disk, "Budget(disk=...)")
@@ -98,7 +110,10 @@ class Policy:
 
     Attributes:
         budget: the hard limits.
-        device: where the compute runs; "cpu".
+        device: where the compute runs: "cpu", or "simulated", a device without one: memory apart
+            from the host's of ``Budget(device=...)`` bytes, copies that are done late, and a check
+            that nothing is used without waiting for it. It is for tests of offload;
+            "simulated:latest" ends copies as late as CUDA may, "simulated:earliest" at once.
         swap_dir: directory on the disk to spill to; it must exist. Several directories, on disks of
             their own, are striped in proportion to their rates. None: nothing may be spilled, and
             a model that does not fit into the host budget is refused.
@@ -106,7 +121,8 @@ class Policy:
             released together. None: found automatically; each expert of a mixture that keeps its
             experts in a ``ModuleList`` or ``ModuleDict`` is one.
         max_unit_bytes: a block found automatically is split into its child modules while it is
-            larger than this. None: 1/24 of the host budget, so that several units fit at once.
+            larger than this. None: 1/24 of the host budget, and at most 1/6 of the device's, so
+            that several units fit at once.
         io_engine: "auto" (io_uring where the kernel offers it, threads elsewhere), "io_uring" or
             "threads".
         queue_depth: I/O requests in flight at the most, in each swap directory.
@@ -158,12 +174,17 @@ class Policy:
     def __post_init__(self) -> None:
         if not isinstance(self.budget, Budget):
             raise PolicyError(f"Policy(budget=...): expected a Budget, got {self.budget!r}")
-        if self.device != "cpu":
+        if self.device not in ("cpu", *_SIMULATED):
             raise PolicyError(
                 f"Policy(device={self.device!r}): this version computes on the CPU only; "
                 'use device="cpu"'
             )
-        if self.budget.device is not None:
+        if self.device != "cpu" and self.budget.device is None:
+            raise PolicyError(
+                f"Policy(device={self.device!r}) needs Budget(device=...): the bytes of its memory "
+                "that offload may use"
+            )
+        if self.device == "cpu" and self.budget.device is not None:
             raise PolicyError(
                 'Budget(device=...) has no meaning with Policy(device="cpu"): device and host are '
                 "the same memory; give Budget(host=...) alone"
@@ -221,6 +242,11 @@ class Policy:
             )
 
     @property
+    def pace(self) -> Pace | None:
+        """When a simulated device ends its copies; None: the compute is on the CPU."""
+        return _SIMULATED.get(self.device)
+
+    @property
     def moves_activations(self) -> bool:
         """Whether anything is done about activations."""
         return self.activations != "keep"
@@ -244,4 +270,6 @@ class Policy:
         """Bytes above which an automatically found unit is split."""
         if self.max_unit_bytes is not None:
             return parse_bytes(self.max_unit_bytes, "Policy(max_unit_bytes=...)")
-        return self.budget.host_bytes // 24
+        if self.device == "cpu":
+            return self.budget.host_bytes // 24
+        return min(self.budget.host_bytes // 24, self.budget.device_bytes // 6)

@@ -7,6 +7,7 @@ from offload.planner.activations import (
     activation_share,
     choose_treatment,
 )
+from offload.planner.device import DevicePlan, place_on_device, smallest_device_budget
 from offload.planner.placement import SMALL_BYTES, place, smallest_budget
 from offload.planner.spec import DiskSpec, Placement, Plan, Traffic, UnitSpec
 from offload.planner.traffic import step_traffic
@@ -15,6 +16,7 @@ __all__ = [
     "SMALL_BYTES",
     "BlockCost",
     "Choice",
+    "DevicePlan",
     "DiskSpec",
     "Placement",
     "Plan",
@@ -24,6 +26,8 @@ __all__ = [
     "activation_share",
     "choose_treatment",
     "place",
+    "place_on_device",
     "smallest_budget",
+    "smallest_device_budget",
     "step_traffic",
 ]

@@ -68,10 +68,12 @@ class UnitsHeld(AbstractContextManager[None]):
 
     def check_room(self) -> None:
         """Raise BudgetError when they can never be in memory together."""
-        plan = self._context.plan
+        context, plan = self._context, self._context.plan
         spilled = [unit for unit in self._units if not unit.param_slab.pinned]
         needed = sum(page_bytes(unit.param_bytes) for unit in spilled)
         needed += max((2 * unit.grad_bytes for unit in self._units if has_masters(unit)), default=0)
+        if context.device is not None:
+            context.device.check_room([unit.param_slab for unit in self._units], self._what)
         if spilled and needed > plan.ring_bytes:
             raise BudgetError(
                 f"{self._what} cannot be in memory as a whole: its spilled parameters need "
@@ -105,8 +107,8 @@ class UnitsHeld(AbstractContextManager[None]):
             for unit in self._units:
                 context.attach(unit)
                 context.note_changes(unit)
-                if not unit.param_slab.pinned:
-                    context.mover.mark_dirty(unit.param_slab)  # .data is not watched
+                if not context.stays(unit):
+                    context.keep_changes(unit)  # .data is not watched
                 context.let_go(unit)
             for unit in self._units:
                 refresh_masters(context, unit)

@@ -5,15 +5,28 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from offload import _native
-from offload.planner import DiskSpec, UnitSpec, activation_share, place, smallest_budget
+from offload.errors import OffloadError
+from offload.planner import (
+    DevicePlan,
+    DiskSpec,
+    UnitSpec,
+    activation_share,
+    place,
+    place_on_device,
+    smallest_budget,
+)
 from offload.policy import Policy, parse_bytes
 from offload.tiers.activation_home import ActivationHome
 from offload.tiers.context import RuntimeContext
+from offload.tiers.device_tier import DeviceTier
 from offload.tiers.disk_profile import DiskProfile
 from offload.tiers.mover import Mover
 from offload.tiers.state_home import page_bytes
 from offload.tiers.swap_space import SwapSpace, profile_disks, store_memory
 from offload.tiers.update_staging import open_pipeline
+
+_DEVICE_SLACK = 1 << 20
+"""Of a simulated device's memory beyond the budget: what its arenas are rounded up by."""
 
 
 class Resources:
@@ -23,7 +36,8 @@ class Resources:
         """Measure the disks where something must be spilled and make the plan.
 
         Raises:
-            BudgetError: the smallest host budget that would do is larger than the policy's.
+            BudgetError: the smallest host or device budget that would do is larger than the
+                policy's.
             SwapIOError: a swap directory cannot be used.
         """
         self.policy = policy
@@ -35,6 +49,9 @@ class Resources:
         self.plan = place(
             specs, policy.budget.host_bytes, disk, self._activation_bytes(specs, disk)
         )
+        self.device_plan: DevicePlan | None = None
+        if policy.pace is not None:
+            self.device_plan = place_on_device(specs, policy.budget.device_bytes)
 
     def _activation_bytes(self, specs: Sequence[UnitSpec], disk: DiskSpec | None) -> int:
         policy = self.policy
@@ -88,14 +105,34 @@ class Resources:
             )
             space.reserve(sum(plan.disk_bytes().values()), objects)
         # What the plan leaves free is for an optimizer that keeps more state than AdamW.
-        home = _native.HostArena(plan.pinned_bytes + plan.free_bytes, policy.debug)
-        ring = _native.HostArena(plan.ring_bytes, policy.debug) if plan.ring_bytes else None
+        home_bytes, device = plan.pinned_bytes + plan.free_bytes, self._open_device()
+        home = _native.HostArena(home_bytes, policy.debug, pin=device)
+        ring = None
+        if plan.ring_bytes:
+            ring = _native.HostArena(plan.ring_bytes, policy.debug, pin=device)
         if store is not None:
             for arena in (home, ring):
                 if arena is not None:
                     store.add_memory(arena)
         pipeline = open_pipeline(store, home, plan.staging_bytes)
-        return RuntimeContext(policy, plan, Mover(home, ring, store), pipeline, space)
+        mover = Mover(home, ring, store)
+        tier = self._device_tier(device, mover) if device is not None else None
+        return RuntimeContext(policy, plan, mover, pipeline, space, tier)
+
+    def _open_device(self) -> _native.Device | None:
+        if self.policy.pace is None:
+            return None
+        memory = self.policy.budget.device_bytes + _DEVICE_SLACK
+        return _native.simulated_device(memory, pace=self.policy.pace)
+
+    def _device_tier(self, device: _native.Device, mover: Mover) -> DeviceTier:
+        plan, poison = self.device_plan, self.policy.debug
+        if plan is None:
+            raise OffloadError("nothing was planned for the device (internal error)")
+        home = None
+        if plan.home_bytes:
+            home = _native.DeviceArena(device, plan.home_bytes, poison)
+        return DeviceTier(device, home, _native.DeviceArena(device, plan.ring_bytes, poison), mover)
 
     def _activation_home(self, context: RuntimeContext, space: SwapSpace | None) -> ActivationHome:
         arena = _native.HostArena(self.plan.activation_bytes, self.policy.debug)

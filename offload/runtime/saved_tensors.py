@@ -184,8 +184,8 @@ class SavedTensorHooks:
                     "optimizer step, say) between this forward and its backward"
                 )
             context.gradients.begin_backward(unit)
-            context.load(unit)
-            whole = reference.param.view(unit.param_slab)
+            context.load_for_compute(unit)
+            whole = context.view(reference.param)
             if whole.dtype is not reference.dtype:
                 whole = whole.view(reference.dtype)
             return whole.as_strided(reference.shape, reference.stride, reference.offset)

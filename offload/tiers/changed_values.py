@@ -33,7 +33,7 @@ def masters_of(context: RuntimeContext, params: Sequence[OffloadedParam]) -> lis
     """Return copies of the masters of `params`, all narrowed and of one unit, as they are now."""
     unit = params[0].unit
     sync_masters(context, unit)
-    if unit.param_slab.pinned:  # it stays attached, and writes to .data are not seen
+    if context.stays(unit):  # it stays attached, and writes to .data are not seen
         for param in params:
             _refresh(context, unit, param)
     return [read_master(context, param) for param in params]

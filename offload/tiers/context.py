@@ -23,6 +23,7 @@ from offload.planner import Plan
 from offload.policy import Policy
 from offload.tiers.activation_home import ActivationHome
 from offload.tiers.changed_values import sync_masters
+from offload.tiers.device_tier import DeviceTier
 from offload.tiers.gradients import Gradients
 from offload.tiers.masters import seed_masters
 from offload.tiers.mover import Mover
@@ -44,6 +45,7 @@ class RuntimeContext:
     Attributes:
         scopes: the modules that are in forward at the moment, and the units they hold.
         gradients: of its units.
+        device: where the units are computed with; None: in host memory.
         space: the swap space that its slabs on disk live in; None: nothing spills.
         state_home: StateHome.of_context() makes it.
         activations: where saved activations are; None: autograd keeps them.
@@ -60,21 +62,25 @@ class RuntimeContext:
         mover: Mover,
         pipeline: _native.UpdatePipeline,
         space: SwapSpace | None,
+        device: DeviceTier | None = None,
     ) -> None:
         """Own the native objects; units are added with add_unit()."""
         self.policy = policy
         self.plan = plan
         self.store = mover.store
         self.space = space
-        self.resident = space is None and policy.activations == "keep"
+        self.device = device
+        self.resident = space is None and policy.activations == "keep" and device is None
         self.state_home: StateHome | None = None
         self.activations: ActivationHome | None = None
         self.pipeline = pipeline
         self.lock = threading.RLock()
         self.mover = mover
         self.mover.relieve = self._relieve
+        if device is not None:
+            device.relieve = self._relieve
         self.updates = Updates(mover)
-        self.prefetcher = Prefetcher(plan, mover, self.updates)
+        self.prefetcher = Prefetcher(plan, mover, self.updates, device)
         self.units: list[Unit] = []
         self.gradients = Gradients(self)
         self.scopes = ForwardScopes()
@@ -102,10 +108,17 @@ class RuntimeContext:
             param.view(unit.param_slab).copy_(param.param.detach())
         self.units.append(unit)
         self.prefetcher.add(unit)
+        if self.device is not None and placement.unit.nested:
+            for slab in (unit.param_slab, unit.grad_slab):
+                if slab is not None:
+                    self.device.keep_at_home(slab)
         for param in unit.params:
             param.take_over()
-            self.point(param)
-        unit.attached = True
+            if self.device is None:
+                self.point(param)
+            else:
+                self._hide(param)
+        unit.attached = self.device is None
         self._note_version(unit)
         if not placement.pin_params:
             self.detach(unit)
@@ -140,7 +153,7 @@ class RuntimeContext:
         """Have the unit's parameters usable: current bytes, in memory."""
         if unit.attached and not unit.updating:
             return
-        self.load(unit)
+        self.load_for_compute(unit)
         for param in unit.params:
             self.point(param)
         unit.attached = True
@@ -151,6 +164,23 @@ class RuntimeContext:
         self.updates.finish(unit, load=True)
         self.mover.fetch(unit.param_slab)
 
+    def load_for_compute(self, unit: Unit) -> None:
+        """Have them where the compute uses them, which is to hold the unit meanwhile."""
+        self.load(unit)
+        if self.device is not None:
+            self.device.fetch(unit.param_slab)
+
+    def view(self, param: OffloadedParam) -> torch.Tensor:
+        """Return the bytes of a parameter that is loaded for the compute."""
+        if self.device is None:
+            return param.view(param.unit.param_slab)
+        copy = self.device.fetch(param.unit.param_slab)
+        return copy.view(param.offset, param.shape, param.stride, param.dtype)
+
+    def stays(self, unit: Unit) -> bool:
+        """Whether the unit is attached for good."""
+        return self.device is None and unit.param_slab.pinned
+
     def detach(self, unit: Unit) -> None:
         """Make the unit's parameters placeholders again; the slab stays as it is."""
         if not unit.attached:
@@ -159,10 +189,14 @@ class RuntimeContext:
         for param in unit.params:
             if type(param.param) is SpilledParameter:
                 continue  # Ctrl-C ended an earlier detach here
-            self.by_pointer.pop(param.view(unit.param_slab).data_ptr(), None)
-            param.param.data = param.placeholder
-            param.param.__class__ = SpilledParameter
+            self.by_pointer.pop(param.param.data_ptr(), None)
+            self._hide(param)
         unit.attached = False
+
+    @staticmethod
+    def _hide(param: OffloadedParam) -> None:
+        param.param.data = param.placeholder
+        param.param.__class__ = SpilledParameter
 
     def acquire(self, unit: Unit, phase: Phase) -> None:
         """Attach `unit` for a use in forward and hold it until release()."""
@@ -191,15 +225,15 @@ class RuntimeContext:
 
     def rest(self, unit: Unit) -> None:
         """Nobody holds the unit any more, perhaps: leave it ready for eviction."""
-        if unit.forward_locks or unit.holders or unit.updating or unit.param_slab.pinned:
+        if unit.forward_locks or unit.holders or unit.updating or self.stays(unit):
             return
         self.detach(unit)
         if not unit.in_backward:
             self.mover.write_back(unit.param_slab)
 
     def point(self, param: OffloadedParam) -> None:
-        """Let the parameter, whose slab is in memory, be the slab's bytes."""
-        view = param.view(param.unit.param_slab)
+        """Let the parameter, which is loaded for the compute, be its bytes there."""
+        view = self.view(param)
         if type(param.param) is SpilledParameter:
             param.param.__class__ = torch.nn.Parameter  # type: ignore[assignment]
         param.param.data = view
@@ -212,21 +246,32 @@ class RuntimeContext:
     def note_changes(self, unit: Unit) -> None:
         """See whether the user changed the parameters, which are attached, and keep what is new."""
         version = sum(p.param._version for p in unit.params)
-        slab = unit.param_slab
+        start = self._start_of(unit)
         replaced = [
             p
             for p in unit.params
             if type(p.param) is not SpilledParameter
-            and p.param.data_ptr() not in (p.address(slab), p.placeholder.data_ptr())
+            and p.param.data_ptr() not in (p.address(start), p.placeholder.data_ptr())
         ]
         for param in replaced:  # by assigning to .data
-            param.view(slab).copy_(param.param.data)
+            self.view(param).copy_(param.param.data)
             self.point(param)
         if replaced or version != unit.seen_version:
             unit.seen_version = version
             unit.version += 1
             unit.written = True
-            self.mover.mark_dirty(unit.param_slab)
+            self.keep_changes(unit)
+
+    def keep_changes(self, unit: Unit) -> None:
+        """The unit's parameters, which are attached, were changed: what was there is not theirs."""
+        if self.device is not None:
+            self.device.pull(unit.param_slab)
+        self.mover.mark_dirty(unit.param_slab)
+
+    def _start_of(self, unit: Unit) -> int:
+        """Return the address of the parameters of `unit`, which is attached."""
+        copy = None if self.device is None else self.device.copy_of(unit.param_slab)
+        return unit.param_slab.address if copy is None else copy.lease.address
 
     def note_update(self, unit: Unit) -> None:
         """Take note of a step that changed parameters in memory, and their fp32 copies alike.
@@ -266,6 +311,8 @@ class RuntimeContext:
         whole = len(segments) == len(unit.trainable)
         state, grads = self.state_of(unit).of(layout, whole=whole), self.gradients.slab(unit)
         self.detach(unit)
+        if self.device is not None:
+            self.device.forget(unit.param_slab)
 
         def prepare(params: _native.UpdateOperand) -> partial[_native.Transfer]:
             rest = [operand(slab) for slab in state]
@@ -371,6 +418,8 @@ class RuntimeContext:
             self.state_home.close()
         if self.activations is not None:
             self.activations.close()
+        if self.device is not None:
+            self.device.close()
         self.pipeline.close()
         if self.store is not None:
             self.store.close()

@@ -72,31 +72,58 @@ class Gradients:
                 f"backward(create_graph=True) through {param.name}: the gradient of a gradient "
                 "cannot be spilled; use torch.autograd.grad for it"
             )
-        if state is None:
+        if state is None and self._context.device is None:
             self.set(param, new)
+        elif state is None:
+            self._begin_on_device(param).copy_(new)
+            param.param.grad = GradHandle(GradState(param))
         else:
             param.param.grad = GradHandle(state)
-            view = self.modify(param)
-            if state.zero:
-                view.zero_()
-            for factor in state.factors:
-                view.mul_(factor)
-            view.add_(new)
-            state.zero = False
-            state.factors.clear()
-            state.norms.clear()
+            self._add(param, new, state)
         unit.arrived.add(param)
         if len(unit.arrived) >= unit.expected:
             self.end_unit_backward(unit)
 
+    def _add(self, param: OffloadedParam, new: torch.Tensor, state: GradState) -> None:
+        """Add `new`; no tensor on the gradients outlives this, so that they may be copied."""
+        view = self.modify(param) if self._context.device is None else self._on_device(param)
+        if state.zero:
+            view.zero_()
+        for factor in state.factors:
+            view.mul_(factor)
+        view.add_(new)
+        state.zero = False
+        state.factors.clear()
+        state.norms.clear()
+
+    def _begin_on_device(self, param: OffloadedParam) -> torch.Tensor:
+        """Return the part of `param` in the device's copy of the gradients, to be filled."""
+        self._check_trainable(param)
+        return self._on_device(param)
+
+    def _on_device(self, param: OffloadedParam) -> torch.Tensor:
+        """Return that part, to be changed; what the slab holds of others is kept."""
+        slab, device = self.slab(param.unit), self._context.device
+        if device is None:
+            raise OffloadError(f"{slab.name}: there is no device (internal error)")
+        copy = device.copy_of(slab)
+        if copy is None or not copy.ahead:
+            self._context.settle(param.unit)  # an update in flight reads them
+            held = slab.residency is not Residency.ABSENT and param.unit.grads_wanted()
+            copy = device.fetch(slab) if held else device.hold_new(slab)
+            copy.ahead = True
+        return copy.view(param.offset, param.shape, param.stride, param.dtype)
+
+    def _come_home(self, unit: Unit, to_disk: bool = True) -> None:
+        """Have the gradients of `unit` that are on the device in their slab."""
+        if self._context.device is not None and unit.grad_slab is not None:
+            self._context.device.spill(unit.grad_slab, to_disk)
+
     def set(self, param: OffloadedParam, value: torch.Tensor) -> None:
         """Make `value` the gradient of `param`."""
-        if not param.trainable:
-            raise UnsupportedError(
-                f"{param.name} has a gradient but did not require one when the model was wrapped; "
-                "offload.unwrap() and wrap the model again"
-            )
+        self._check_trainable(param)
         unit, slab = param.unit, self.slab(param.unit)
+        self._come_home(unit)
         self._context.settle(unit)
         if slab.residency is not Residency.ABSENT and unit.grads_wanted():
             self._context.mover.fetch(slab)
@@ -106,6 +133,14 @@ class Gradients:
             self._context.mover.hold_new(slab)
         param.view(slab).copy_(value)
         param.param.grad = GradHandle(GradState(param))
+
+    @staticmethod
+    def _check_trainable(param: OffloadedParam) -> None:
+        if not param.trainable:
+            raise UnsupportedError(
+                f"{param.name} has a gradient but did not require one when the model was wrapped; "
+                "offload.unwrap() and wrap the model again"
+            )
 
     def slab(self, unit: Unit) -> Slab:
         """Return the slab of the unit's gradients; it has some."""
@@ -120,6 +155,7 @@ class Gradients:
             unit.unconsumed |= taken
             if not complete or len(taken) < len(unit.arrived):
                 self._store_grads(unit)
+            self._come_home(unit, to_disk=False)
             unit.expected = len(unit.arrived)
             unit.arrived = set()
         if complete:
@@ -142,18 +178,25 @@ class Gradients:
 
     def _store_grads(self, unit: Unit) -> None:
         """Send the gradients that have arrived on their way to disk."""
-        slab = self.slab(unit)
-        if slab.pinned:
+        slab, device = self.slab(unit), self._context.device
+        if slab.pinned and device is None:
             return
         for param in unit.arrived:
             state = param.grad_state
             if state is not None:
-                state.note_norms(param.view(slab), self.norm_orders)
-        self._context.mover.write_back(slab)
+                state.note_norms(
+                    param.view(slab) if device is None else self._on_device(param),
+                    self.norm_orders,
+                )
+        if device is None:
+            self._context.mover.write_back(slab)
+        else:
+            device.spill(slab, to_disk=True)
 
     def read(self, param: OffloadedParam) -> torch.Tensor:
         """Return the bytes of a gradient in the slab, to be read at once."""
         slab = self.slab(param.unit)
+        self._come_home(param.unit)
         if slab.residency is Residency.ABSENT:
             raise SpilledTensorError(f"the gradient of {param.name} no longer exists")
         self._context.mover.fetch(slab)

@@ -17,13 +17,26 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import starmap
-from typing import Any
+from typing import Any, Protocol
 
 from offload import _native
 from offload.errors import BudgetError, OffloadError, TransferCancelledError
-from offload.tiers.slab import Residency, Slab
+from offload.tiers.slab import Arrival, Residency, Slab
 
 NEVER = 1 << 60
+
+
+class Readers(Protocol):
+    """Copies from the memory of slabs that somebody else makes."""
+
+    def settle(self, slab: Slab) -> None:
+        """Wait until none from `slab` is in flight: its bytes may be changed."""
+
+    def is_reading(self, slab: Slab) -> bool:
+        """Whether one from `slab` is in flight."""
+
+    def end_one(self) -> bool:
+        """Wait for the oldest in flight; False when there is none."""
 
 
 @dataclass
@@ -32,7 +45,7 @@ class _Starting:
 
     slab: Slab
     is_write: bool
-    started: list[_native.Transfer] = field(default_factory=list)
+    started: list[Arrival] = field(default_factory=list)
 
 
 class Mover:
@@ -60,6 +73,8 @@ class Mover:
         """Waits for one background user of slabs to end; False when there is none."""
         self.find_place: Callable[[Slab], int] | None = None
         """Gives a slab its swap object when it is first written, if it was made without one."""
+        self.readers: Readers | None = None
+        """Who else copies from the slabs' memory."""
         self.stall_seconds: dict[str, float] = {}
         self.misses = 0
         self.read_bytes = 0
@@ -73,11 +88,28 @@ class Mover:
 
     def hold_new(self, slab: Slab) -> None:
         """Give `slab` memory to be filled by the caller; whatever it held is forgotten."""
-        self._finish(slab)
+        self.settle(slab)
         if slab.lease is None:
             self._take_memory(slab)
         slab.residency = Residency.HOST
         slab.dirty = True
+
+    def receive(
+        self, slab: Slab, start: Callable[[_native.Lease], Callable[[], Arrival]], on_disk: bool
+    ) -> None:
+        """Have a transfer from elsewhere fill `slab`; whatever it held is forgotten.
+
+        Args:
+            slab: takes memory now.
+            start: given that memory, returns what starts the transfer: a C function with its
+                arguments (see _start).
+            on_disk: it writes the slab's object too.
+        """
+        self.hold_new(slab)
+        if slab.lease is None:
+            raise OffloadError(f"{slab.name} is not in memory (internal error)")
+        slab.changed_in_flight = not on_disk
+        self._start(slab, False, start(slab.lease))
 
     def fetch(self, slab: Slab) -> None:
         """Have the current bytes of `slab` in memory; waits for the disk when they are not."""
@@ -140,8 +172,10 @@ class Mover:
         self._start(slab, True, self.store.write, slab.swap_object, slab.lease, slab.nbytes)
 
     def settle(self, slab: Slab) -> None:
-        """Wait until no transfer of `slab` is in flight."""
+        """Wait until no transfer of `slab` is in flight: its bytes may be changed."""
         self._finish(slab)
+        if self.readers is not None:
+            self.readers.settle(slab)
 
     def mark_dirty(self, slab: Slab) -> None:
         """The bytes in memory were changed; a copy on disk, or on its way there, is not current."""
@@ -177,7 +211,7 @@ class Mover:
             if slab.pending is not None and slab.pending.done():
                 self._finish(slab)
 
-    def wait(self, transfer: _native.Transfer, why: str) -> None:
+    def wait(self, transfer: Arrival, why: str) -> None:
         """Wait for `transfer`; the time counts as a stall for `why`."""
         self.check_process()
         if transfer.done():
@@ -219,7 +253,9 @@ class Mover:
 
     def _make_room(self) -> bool:
         """Wait for, or cause, a slab that can be given up; False when there is no way."""
-        return self._await_transfer() or self._send_dirty() or self.relieve()
+        if self._await_transfer() or (self.readers is not None and self.readers.end_one()):
+            return True
+        return self._send_dirty() or self.relieve()
 
     def _victim(self, farther_than: int | None) -> Slab | None:
         """The slab to give up: held by nobody, clean or unwanted, needed last."""
@@ -227,6 +263,8 @@ class Mover:
         for slab in self._spillable:
             if slab.locks or slab.pending is not None:
                 continue
+            if self.readers is not None and self.readers.is_reading(slab):
+                continue  # it would keep the memory
             if not slab.wanted:
                 return slab
             use = self.use_of(slab)
@@ -289,7 +327,7 @@ class Mover:
             raise
 
     def _start(
-        self, slab: Slab, is_write: bool, transfer: Callable[..., _native.Transfer], *args: Any
+        self, slab: Slab, is_write: bool, transfer: Callable[..., Arrival], *args: Any
     ) -> None:
         """Start a transfer of `slab` and note it.
 
@@ -342,4 +380,4 @@ class Mover:
             slab.pending_write = slab.changed_in_flight = False
         elif slab.lease is not None:
             slab.residency = Residency.HOST
-            slab.dirty = False
+            slab.dirty, slab.changed_in_flight = slab.changed_in_flight, False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 from offload.planner import Plan
+from offload.tiers.device_tier import DeviceTier
 from offload.tiers.mover import NEVER, Mover
 from offload.tiers.slab import Residency, Slab
 from offload.tiers.unit import Unit
@@ -23,16 +24,21 @@ class Prefetcher:
         read_rate: bytes per second that measure_disk() saw; 0: not measured.
     """
 
-    def __init__(self, plan: Plan, mover: Mover, updates: Updates) -> None:
+    def __init__(
+        self, plan: Plan, mover: Mover, updates: Updates, device: DeviceTier | None
+    ) -> None:
         """Units join by add(); `updates` are those that were put off."""
         self._mover = mover
+        self._device = device
         self._updates = updates
         self._units: list[Unit] = []
         self.trace = AccessTrace()
         self.read_rate = 0.0
-        self._streams = any(not (p.pin_params and p.pin_grads) for p in plan.placements)
+        spills = any(not (p.pin_params and p.pin_grads) for p in plan.placements)
+        self._streams = spills or device is not None
         sizes = [max(p.unit.param_bytes, p.unit.grad_bytes) for p in plan.placements]
-        self._room = plan.ring_bytes - 2 * max(sizes, default=0)  # one in use, one being written
+        self._largest = max(sizes, default=0)
+        self._room = plan.ring_bytes - 2 * self._largest  # one in use, one being written
 
     def add(self, unit: Unit) -> None:
         """Let `unit`, whose index is the next one, be used."""
@@ -85,6 +91,25 @@ class Prefetcher:
             if room < 0:
                 break
             if not self._bring(unit, slab, next_use[slab]):
+                break
+        if self._device is not None:
+            self._look_ahead_on(self._device)
+
+    def _look_ahead_on(self, device: DeviceTier) -> None:
+        """Start copying to the device what the next uses need and is in host memory."""
+        device.next_use, wanted = {}, []
+        for position, use in enumerate(self.trace.future(LOOKAHEAD)):
+            unit = self._units[use.unit]
+            slab = unit.param_slab
+            if slab not in device.next_use:
+                device.next_use[slab] = position
+                wanted.append(unit)
+        room = device.ring.usage()["budget"] - 2 * self._largest
+        for unit in wanted:
+            room -= unit.param_slab.nbytes
+            if room < 0 or unit.updating:
+                break
+            if not device.prefetch(unit.param_slab, device.next_use[unit.param_slab]):
                 break
 
     def _bring(self, unit: Unit, slab: Slab, use: int) -> bool:

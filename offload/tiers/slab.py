@@ -11,6 +11,9 @@ import torch
 from offload import _native
 from offload.errors import OffloadError
 
+Arrival = _native.Transfer | _native.DeviceTransfer
+"""Bytes in flight to or from a slab."""
+
 
 class Residency(Enum):
     """Where the current bytes of a slab are."""
@@ -55,7 +58,7 @@ class Slab:
         self.locks = 0
         self.lease: _native.Lease | None = None
         """Its memory. Dropped here, it returns to the arena when no tensor refers to it either."""
-        self.pending: _native.Transfer | None = None
+        self.pending: Arrival | None = None
         self.pending_write = False
         self.changed_in_flight = False
 

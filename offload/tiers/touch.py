@@ -156,7 +156,7 @@ def _fetched(
         with _all_held(context, units), context.saved_hooks():
             return func(*tree_map(_real, args), **tree_map(_real, kwargs))
     names = ", ".join(param.name for param in params)
-    stays = all(unit.param_slab.pinned for unit in units)
+    stays = all(context.stays(unit) for unit in units)
     if func == _SET_DATA or (func in _NEEDS_MEMORY and not stays):
         raise _refused(func, names)
     by_value = context.reading_out and not params[0].is_narrowed  # of that one the master is read

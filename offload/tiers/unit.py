@@ -121,9 +121,9 @@ class OffloadedParam:
         """Return this parameter's part of one of its unit's slabs."""
         return slab.view(self.offset, self.shape, self.stride, self.dtype)
 
-    def address(self, slab: Slab) -> int:
-        """Return where view() of a slab in memory begins; of nothing, 0."""
-        return slab.address + self.offset if self.numel else 0
+    def address(self, start: int) -> int:
+        """Return where its part of a slab begins that is at `start`; of nothing, 0."""
+        return start + self.offset if self.numel else 0
 
     @property
     def is_narrowed(self) -> bool:
