@@ -110,6 +110,8 @@ class Gradients:
         if copy is None or not copy.ahead:
             self._context.settle(param.unit)  # an update in flight reads them
             held = slab.residency is not Residency.ABSENT and param.unit.grads_wanted()
+            if not held:  # its memory is taken while others may still be made to let go
+                self._context.mover.hold_new(slab)
             copy = device.fetch(slab) if held else device.hold_new(slab)
             copy.ahead = True
         return copy.view(param.offset, param.shape, param.stride, param.dtype)

@@ -2,17 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
+from offload.planner import UnitSpec
+from offload.policy import Policy
+from offload.runtime.resources import Resources
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--device",
+        default="cpu",
+        help='where wrapped models compute, as Policy.device: "simulated:latest", say',
+    )
     parser.addoption("--slow", action="store_true", help="run the tests marked slow")
     parser.addoption(
         "--nvme", type=Path, metavar="DIR", help="run the tests marked nvme, on files in DIR"
     )
+
+
+@pytest.fixture(autouse=True)
+def on_the_device(pytestconfig: pytest.Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With --device: wrapped models compute there, with room for three of their largest units."""
+    device = pytestconfig.getoption("--device")
+    if device == "cpu":
+        return
+    plan = Resources.__init__
+
+    def plan_with_device(self: Resources, policy: Policy, specs: Sequence[UnitSpec]) -> None:
+        flat = [unit.param_bytes + unit.grad_bytes for unit in specs if not unit.nested]
+        nested = [unit.param_bytes + unit.grad_bytes for unit in specs if unit.nested]
+        nbytes = 3 * max(flat, default=0) + sum(nested)
+        budget = dataclasses.replace(policy.budget, device=nbytes)
+        plan(self, dataclasses.replace(policy, device=device, budget=budget), specs)
+
+    monkeypatch.setattr(Resources, "__init__", plan_with_device)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -21,6 +49,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         reasons["slow"] = "slow: give --slow"
     if config.getoption("--nvme") is None:
         reasons["nvme"] = "measures a disk: give --nvme DIR"
+    if config.getoption("--device") != "cpu":
+        reasons["host_compute"] = "is about computing in host memory: give no --device"
     if any("gpu" in item.keywords for item in items) and not has_cuda():
         reasons["gpu"] = "no CUDA device"
     for item in items:
