@@ -691,3 +691,49 @@ def measure_disk(dir: str, seconds: float = 2.0) -> dict[str, Any]:
     many bytes each way. ``phases``: mixing is more than 10% slower than taking turns. ``measured``
     is False, with a ``reason``, where there is no direct I/O.
     """
+
+gather_chunk: int  # elements of a tensor for which device_gather needs one partial sum
+gather_tensors: int  # the most that one device_gather takes
+
+def device_update(
+    device: Device,
+    hyper: UpdateHyper,
+    format: UpdateFormat,
+    factors: Sequence[float],
+    param: int,
+    grad: int,
+    master: int,
+    states: Sequence[int],
+    scales: Sequence[int],
+    n: int,
+    label: str = "",
+) -> None:
+    """Submit one step of Adam or AdamW, in place, to the compute stream.
+
+    Arrays are in the device's memory, given by address, as for `update`. States are fp32 or int8,
+    bits those of `update` with IEEE square roots; raises UnsupportedError for other rules, formats
+    and square roots.
+    """
+
+def device_gather(
+    device: Device,
+    tensors: Sequence[tuple[int, int, int]],
+    *,
+    from_type: ElementType,
+    to_type: ElementType,
+    scale: float = 1.0,
+    add: bool = False,
+    slab: int,
+    partial: int,
+    sum_squares: int,
+    nonfinite: int,
+    label: str = "",
+) -> None:
+    """Submit gathering gradients into a slab, scaled and cast, to the compute stream.
+
+    `tensors`: address, elements, and offset in the slab in elements, of at most `gather_tensors`.
+    `add` to what is there. Afterwards `sum_squares` (fp64, one for each) has the squares of what is
+    in the slab, and `nonfinite` (uint32) is 1 if an element of it is not finite, else unchanged.
+    `partial` is scratch: fp64, one for every `gather_chunk` elements begun of each tensor. All are
+    addresses of device memory.
+    """

@@ -11,6 +11,7 @@ void bind_adafactor(pybind11::module_& module);
 void bind_device(pybind11::module_& module);
 void bind_device_transfer(pybind11::module_& module);
 void bind_disk(pybind11::module_& module);
+void bind_kernels(pybind11::module_& module);
 void bind_memory(pybind11::module_& module);
 void bind_optim(pybind11::module_& module);
 void bind_store(pybind11::module_& module);

@@ -9,6 +9,7 @@ PYBIND11_MODULE(_native, module) {
   offload::bind::bind_disk(module);
   offload::bind::bind_memory(module);
   offload::bind::bind_optim(module);
+  offload::bind::bind_kernels(module);
   offload::bind::bind_store(module);
   offload::bind::bind_device_transfer(module);
   offload::bind::bind_update(module);

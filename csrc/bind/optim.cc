@@ -10,6 +10,7 @@
 
 #include "bind/bindings.h"
 #include "bind/errors.h"
+#include "bind/formats.h"
 #include "bind/isa.h"
 #include "optim/aten_rounding.h"
 #include "optim/update_rule.h"
@@ -29,37 +30,9 @@ SqrtRule sqrt_rule(const std::string& name) {
   raise(Status::error(Code::kInvalid, "there is no square root rule '" + name + "'"));
 }
 
-template <typename T>
-struct Named {
-  const char* name;
-  T value;
-};
-
 constexpr Named<Rule> kRules[] = {{"adamw", Rule::kAdamW},     {"adam", Rule::kAdam},
                                   {"sgd", Rule::kSgd},         {"adagrad", Rule::kAdagrad},
                                   {"rmsprop", Rule::kRmsprop}, {"lion", Rule::kLion}};
-constexpr Named<ElementType> kElementTypes[] = {{"float32", ElementType::kFloat32},
-                                                {"bfloat16", ElementType::kBfloat16},
-                                                {"float16", ElementType::kFloat16}};
-constexpr Named<StateFormat> kStateFormats[] = {{"float32", StateFormat::kFloat32},
-                                                {"bfloat16", StateFormat::kBfloat16},
-                                                {"int8", StateFormat::kInt8}};
-
-template <typename T, std::size_t kCount>
-T by_name(const char* what, const Named<T> (&all)[kCount], const std::string& name) {
-  for (const Named<T>& candidate : all) {
-    if (name == candidate.name) return candidate.value;
-  }
-  raise(Status::error(Code::kInvalid, std::string("there is no ") + what + " '" + name + "'"));
-}
-
-template <typename T, std::size_t kCount>
-std::string name_of(const Named<T> (&all)[kCount], T value) {
-  for (const Named<T>& candidate : all) {
-    if (value == candidate.value) return candidate.name;
-  }
-  return "unknown";
-}
 
 RuleHyper make_hyper(const std::string& rule, double lr, double beta1, double beta2, double eps,
                      double weight_decay, double momentum, double dampening, double alpha,

@@ -6,6 +6,7 @@
 
 #include <array>
 #include <chrono>
+#include <functional>
 #include <mutex>
 #include <string>
 #include <thread>
@@ -140,9 +141,10 @@ class CudaDevice final : public Device {
 
   std::string name() const override { return name_; }
   bool computes_on_host() const override { return false; }
-  std::shared_ptr<MemoryRegistrar> registrar() const override { return registrar_; }
 
  protected:
+  std::shared_ptr<MemoryRegistrar> do_registrar() const override { return registrar_; }
+
   Result<MemoryInfo> do_memory_info() override {
     const OnDevice on(index_);
     OFFLOAD_RETURN_IF_ERROR(on.status());
@@ -182,6 +184,12 @@ class CudaDevice final : public Device {
     const OnDevice on(index_);
     OFFLOAD_RETURN_IF_ERROR(on.status());
     return cuda_status(cudaMemsetAsync(dst, value, nbytes, handle_of(stream)), "cudaMemsetAsync");
+  }
+
+  Status do_launch(StreamId stream, const std::function<Status(std::uintptr_t)>& submit) override {
+    const OnDevice on(index_);
+    OFFLOAD_RETURN_IF_ERROR(on.status());
+    return submit(reinterpret_cast<std::uintptr_t>(handle_of(stream)));
   }
 
   Result<std::shared_ptr<DeviceEvent>> do_record(StreamId stream) override {

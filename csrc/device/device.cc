@@ -26,6 +26,32 @@ std::uint64_t next_device_id() {
 Device::Device(bool check)
     : id_(next_device_id()), checker_(check ? std::make_unique<OrderChecker>() : nullptr) {}
 
+// The device's own, which does not keep the device: an arena may outlive it.
+class Device::Registrar final : public MemoryRegistrar {
+ public:
+  Registrar(std::weak_ptr<Device> device, std::shared_ptr<MemoryRegistrar> inner)
+      : device_(std::move(device)), inner_(std::move(inner)) {}
+
+  Status register_range(std::byte* base, std::uint64_t nbytes) override {
+    return inner_->register_range(base, nbytes);
+  }
+  Status unregister_range(std::byte* base, std::uint64_t nbytes) override {
+    const std::shared_ptr<Device> device = device_.lock();
+    if (device != nullptr && device->in_owner_process()) {
+      OFFLOAD_RETURN_IF_ERROR(device->do_drain());
+    }
+    return inner_->unregister_range(base, nbytes);
+  }
+
+ private:
+  const std::weak_ptr<Device> device_;
+  const std::shared_ptr<MemoryRegistrar> inner_;
+};
+
+std::shared_ptr<MemoryRegistrar> Device::registrar() {
+  return std::make_shared<Registrar>(weak_from_this(), do_registrar());
+}
+
 Status Device::check_owner(const char* op) const {
   if (owner_.is_current()) return Status::ok();
   return Status::error(Code::kInvalid,
@@ -170,6 +196,18 @@ Status Device::fill(std::byte* dst, std::uint8_t value, std::uint64_t nbytes, St
   const Access access{dst, nbytes, AccessKind::kWrite};
   OFFLOAD_RETURN_IF_ERROR(checked(stream, {&access, 1}, "fill", label));
   return do_fill(dst, value, nbytes, stream);
+}
+
+Status Device::launch(StreamId stream, std::span<const Access> accesses, const char* what,
+                      std::string_view label,
+                      const std::function<Status(std::uintptr_t stream)>& submit) {
+  {
+    const Result<Lock> lock = enter("launch");
+    if (!lock.is_ok()) return lock.status();
+    OFFLOAD_RETURN_IF_ERROR(checked(stream, accesses, what, label));
+    if (!computes_on_host()) return do_launch(stream, submit);
+  }
+  return do_launch(stream, submit);  // the work itself, which the lock is not for
 }
 
 Result<Event> Device::record(StreamId stream) {

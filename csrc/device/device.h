@@ -22,6 +22,7 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -72,8 +73,9 @@ class Device : public std::enable_shared_from_this<Device> {
   // Whether the CPU can use the device's addresses, so that the compute stream is the caller's own
   // thread: the operations that the caller runs on them happen there and then.
   virtual bool computes_on_host() const = 0;
-  // Page-locks arenas for this device.
-  virtual std::shared_ptr<MemoryRegistrar> registrar() const = 0;
+  // Page-locks arenas for this device. Before a range is unregistered, all copies are waited for:
+  // an arena may go while some are in flight.
+  std::shared_ptr<MemoryRegistrar> registrar();
 
   Result<MemoryInfo> memory_info();
   // The device's own memory; kNoMemory when there is not as much.
@@ -90,6 +92,13 @@ class Device : public std::enable_shared_from_this<Device> {
                   std::string_view label = {});
   Status fill(std::byte* dst, std::uint8_t value, std::uint64_t nbytes, StreamId stream,
               std::string_view label = {});
+
+  // Submits work of the caller's: `submit` is given the stream's native handle, with the device
+  // current, and must only submit. On a device that computes on the host it is called with 0 and
+  // does the work itself, on the compute stream (kInvalid on others). `accesses` is what the work
+  // touches, device memory of other owners included.
+  Status launch(StreamId stream, std::span<const Access> accesses, const char* what,
+                std::string_view label, const std::function<Status(std::uintptr_t stream)>& submit);
 
   // The point in the stream after all that was submitted to it so far.
   Result<Event> record(StreamId stream);
@@ -142,16 +151,19 @@ class Device : public std::enable_shared_from_this<Device> {
   explicit Device(bool check);
 
   // What derived classes do. Of those under the submission lock (*) no two run at once.
+  virtual std::shared_ptr<MemoryRegistrar> do_registrar() const = 0;
   virtual Result<MemoryInfo> do_memory_info() = 0;                    // *
   virtual Result<std::byte*> do_allocate(std::uint64_t nbytes) = 0;   // *
   virtual Status do_free(std::byte* data, std::uint64_t nbytes) = 0;  // *
   virtual Status do_copy(Direction direction, std::byte* dst, const std::byte* src,
                          std::uint64_t nbytes, StreamId stream) = 0;  // *
   virtual Status do_fill(std::byte* dst, std::uint8_t value, std::uint64_t nbytes,
-                         StreamId stream) = 0;                                  // *
-  virtual Result<std::shared_ptr<DeviceEvent>> do_record(StreamId stream) = 0;  // *
-  virtual Status do_wait(StreamId stream, const Event& event) = 0;              // *
-  virtual Status do_set_compute_stream(std::uintptr_t handle) = 0;              // *
+                         StreamId stream) = 0;  // *
+  virtual Status do_launch(StreamId stream,
+                           const std::function<Status(std::uintptr_t)>& submit) = 0;  // *
+  virtual Result<std::shared_ptr<DeviceEvent>> do_record(StreamId stream) = 0;        // *
+  virtual Status do_wait(StreamId stream, const Event& event) = 0;                    // *
+  virtual Status do_set_compute_stream(std::uintptr_t handle) = 0;                    // *
   // The part of a stream's wait that the calling thread has to do itself.
   virtual Status block_for_wait(StreamId stream, const Event& event) = 0;
   virtual Result<bool> do_wait_for(const Event& event, unsigned milliseconds, Waiter waiter) = 0;
@@ -159,6 +171,7 @@ class Device : public std::enable_shared_from_this<Device> {
 
  private:
   friend class DeviceMemory;
+  class Registrar;
   struct Range {
     std::byte* data;
     std::uint64_t nbytes;

@@ -9,6 +9,7 @@
 #include <cmath>
 #include <cstring>
 #include <deque>
+#include <functional>
 #include <mutex>
 #include <optional>
 #include <string>
@@ -112,9 +113,10 @@ class SimulatedDevice final : public Device {
 
   std::string name() const override { return "the simulated device"; }
   bool computes_on_host() const override { return true; }
-  std::shared_ptr<MemoryRegistrar> registrar() const override { return registrar_; }
 
  protected:
+  std::shared_ptr<MemoryRegistrar> do_registrar() const override { return registrar_; }
+
   Result<MemoryInfo> do_memory_info() override {
     std::lock_guard<std::mutex> lock(mutex_);
     return MemoryInfo{.free = options_.memory_bytes - allocated_, .total = options_.memory_bytes};
@@ -159,6 +161,11 @@ class SimulatedDevice final : public Device {
                  StreamId stream) override {
     submit(stream, {.wait_for = nullptr, .dst = dst, .nbytes = nbytes, .value = value});
     return Status::ok();
+  }
+
+  Status do_launch(StreamId stream, const std::function<Status(std::uintptr_t)>& submit) override {
+    if (stream == StreamId::kCompute) return submit(0);
+    return Status::error(Code::kInvalid, name() + " computes on the compute stream only");
   }
 
   Result<std::shared_ptr<DeviceEvent>> do_record(StreamId stream) override {

@@ -7,10 +7,10 @@
 #include <utility>
 #include <vector>
 
-#include "sys/engine_thread.h"
 #include "io/io_scheduler.h"
 #include "io/request_progress.h"
 #include "sys/at_fork.h"
+#include "sys/engine_thread.h"
 #include "sys/file.h"
 
 namespace offload {

@@ -28,12 +28,12 @@
 #include <utility>
 #include <vector>
 
-#include "sys/engine_thread.h"
 #include "io/io_scheduler.h"
 #include "io/request_progress.h"
 #include "io/ring.h"
 #include "io/wake_event.h"
 #include "sys/at_fork.h"
+#include "sys/engine_thread.h"
 #include "sys/syscall_hooks.h"
 
 namespace offload {

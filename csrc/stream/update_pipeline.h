@@ -32,13 +32,13 @@
 #include <vector>
 
 #include "base/status.h"
-#include "sys/engine_thread.h"
 #include "mem/host_memory.h"
 #include "store/swap_store.h"
 #include "stream/staging_pool.h"
 #include "stream/transfer.h"
 #include "stream/update_job.h"
 #include "sys/at_fork.h"
+#include "sys/engine_thread.h"
 
 namespace offload {
 

@@ -141,6 +141,27 @@ TEST_CASE_TEMPLATE("Memory that the device does not know is refused by name", Ki
   CHECK(device->stats().copies == 0);
 }
 
+TEST_CASE_TEMPLATE("A host arena may go under a copy, and may outlive the device", Kind,
+                   OFFLOAD_DEVICES) {
+  auto device = Kind::make();
+  if (!device) return;
+  const DeviceMemory there = must(device->allocate(kMiB));
+  {
+    const auto host = pinned_arena(*device, kMiB);
+    const Lease lease = must_allocate(*host, kMiB / 2);
+    std::memset(lease.data(), 0x77, kMiB / 2);
+    must(device->copy_h2d(there.data(), lease.data(), kMiB / 2, StreamId::kH2d));
+  }
+  const Event copied = must(device->record(StreamId::kH2d));
+  const auto host = pinned_arena(*device, kMiB);
+  const Lease back = must_allocate(*host, kMiB / 2);
+  must(device->wait(StreamId::kD2h, copied, "test"));
+  must(device->copy_d2h(back.data(), there.data(), kMiB / 2, StreamId::kD2h));
+  must(device->drain());
+  CHECK(all_bytes_are(back.data(), kMiB / 2, 0x77));
+  device.reset();
+}
+
 TEST_CASE_TEMPLATE("More memory than the device has is refused", Kind, OFFLOAD_DEVICES) {
   const auto device = Kind::make();
   if (!device) return;

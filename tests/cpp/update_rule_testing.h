@@ -167,8 +167,10 @@ class Guarded {
   Bytes buffer_;
 };
 
-// One step. Where not `in_place` the outputs are other arrays, and the inputs must not change.
-inline Operands run(Isa isa, const Problem& problem, bool in_place, std::size_t offset) {
+// One step, by step(arrays). Where not `in_place` the outputs are other arrays, and the inputs must
+// not change.
+template <typename Step>
+Operands run_by(Step step, const Problem& problem, bool in_place, std::size_t offset) {
   const std::size_t states = state_count(problem.hyper);
   const std::size_t element = element_bytes(problem.format.param);
   const std::size_t state_element = element_bytes(problem.format.state);
@@ -200,8 +202,7 @@ inline Operands run(Isa isa, const Problem& problem, bool in_place, std::size_t 
     arrays.scale_out[k] =
         reinterpret_cast<float*>(in_place ? scale[k].data() : scale_other[k].data());
   }
-  update_isa(isa, problem.hyper, problem.format, {problem.factors.data(), problem.factors.size()},
-             problem.seed, arrays);
+  step(arrays);
 
   CHECK(grad.take() == in.grad);
   Operands out;
@@ -220,6 +221,14 @@ inline Operands run(Isa isa, const Problem& problem, bool in_place, std::size_t 
     CHECK(scale[k].take() == in.scale[k]);
   }
   return out;
+}
+
+inline Operands run(Isa isa, const Problem& problem, bool in_place, std::size_t offset) {
+  const auto step = [&](const UpdateArrays& arrays) {
+    update_isa(isa, problem.hyper, problem.format, {problem.factors.data(), problem.factors.size()},
+               problem.seed, arrays);
+  };
+  return run_by(step, problem, in_place, offset);
 }
 
 // The same bits, where fp32 numbers may be any NaN.
