@@ -228,7 +228,7 @@ class RuntimeContext:
         if unit.forward_locks or unit.holders or unit.updating or self.stays(unit):
             return
         self.detach(unit)
-        if not unit.in_backward:
+        if not unit.in_backward and not unit.param_slab.pinned:
             self.mover.write_back(unit.param_slab)
 
     def point(self, param: OffloadedParam) -> None:

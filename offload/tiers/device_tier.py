@@ -26,6 +26,9 @@ from offload.errors import BudgetError, OffloadError
 from offload.tiers.mover import NEVER, Mover
 from offload.tiers.slab import Residency, Slab
 
+COPY = "copy to the device"
+"""Under which waiting for one from host memory is counted."""
+
 
 class DeviceCopy:
     """A slab's bytes on the device.
@@ -180,8 +183,10 @@ class DeviceTier:
     def settle(self, slab: Slab) -> None:
         """The host bytes of `slab` are about to be changed: let copies of the old ones end."""
         if self.is_reading(slab):
-            self._mover.wait(self._reading[slab], "copy to the device")
+            self._mover.wait(self._reading[slab], COPY)
             del self._reading[slab]
+        if slab.lease is not None:
+            self.device.use_host(slab.lease, "write", slab.name)
 
     def is_reading(self, slab: Slab) -> bool:
         """Whether a copy from the memory of `slab` is in flight."""

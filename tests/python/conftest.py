@@ -50,7 +50,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if config.getoption("--nvme") is None:
         reasons["nvme"] = "measures a disk: give --nvme DIR"
     if config.getoption("--device") != "cpu":
-        reasons["host_compute"] = "is about computing in host memory: give no --device"
+        reasons["own_device"] = "says itself where models compute: give no --device"
     if any("gpu" in item.keywords for item in items) and not has_cuda():
         reasons["gpu"] = "no CUDA device"
     for item in items:

@@ -54,7 +54,7 @@ def test_training_beside_frozen_parameters_is_exact(make: t.Model, tmp_path: Pat
     t.assert_same(t.plain(make, loop), t.offloaded(make, loop, tmp_path, budget, **SMALL))
 
 
-@pytest.mark.host_compute
+@pytest.mark.own_device
 def test_a_frozen_unit_is_written_once_and_has_no_gradients(tmp_path: Path) -> None:
     model = t.wrapped(Adapted, tmp_path, t.least_budget(Adapted, **SMALL), **SMALL)
     context = wrapped(model).context

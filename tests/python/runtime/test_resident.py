@@ -18,7 +18,7 @@ from offload.errors import OffloadError
 from offload.runtime.wrapped import wrapped
 from offload.tiers.grad_handle import GradHandle
 
-pytestmark = pytest.mark.host_compute
+pytestmark = pytest.mark.own_device
 TOKENS = torch.arange(24).view(2, 12)
 AMPLE = offload.Policy(budget=offload.Budget(host="1GiB"))
 LEAST = r"smallest host budget that would do is (\d+) bytes"

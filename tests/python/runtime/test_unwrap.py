@@ -71,7 +71,7 @@ def test_nothing_is_left_on_modules_and_parameters(tmp_path: Path) -> None:
         assert type(param.grad) in (torch.Tensor, type(None))
 
 
-@pytest.mark.host_compute
+@pytest.mark.own_device
 def test_a_gradient_from_before_wrap_survives(tmp_path: Path) -> None:
     model = mixed()
     x = torch.rand(2, 256)
