@@ -78,7 +78,8 @@ def load_weights(
             if region is not None:
                 region.memory.use([region])
             _read(chosen[tensor][1], tensor)
-            note_origin(tensor, chosen[tensor][1].origin() if stays else None)
+            if isinstance(tensor, nn.Parameter):
+                note_origin(tensor, chosen[tensor][1].origin() if stays else None)
     return IncompatibleKeys(missing, unexpected)
 
 

@@ -233,6 +233,8 @@ class WrappedModel:
         in_files = sum(slab.nbytes for slab in slabs if slab.source is not None)
         if in_files:
             notes = (*notes, f"{format_bytes(in_files)} of frozen parameters stay in their files")
+        if self.context.weight_files is not None:
+            notes = (*notes, *self.context.weight_files.notes)
         return (*notes, *(self._choice.notes() if self._choice is not None else ()))
 
 

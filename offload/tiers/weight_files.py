@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from offload import _native
-from offload.errors import CheckpointError, CorruptionError
+from offload.errors import CheckpointError, CorruptionError, SwapIOError
 from offload.policy import Policy
 from offload.tiers.unit import OffloadedParam, Unit
 
@@ -79,12 +79,17 @@ def can_stay(param: OffloadedParam, origin: FileOrigin) -> bool:
 
 
 class WeightFiles:
-    """The files that units of one model are read from."""
+    """The files that units of one model are read from.
+
+    Attributes:
+        notes: which units were to stay in files and do not, and why.
+    """
 
     def __init__(self, policy: Policy) -> None:
         """Start the engine that reads them."""
         self._engine = _native.FileEngine(policy.io_engine, policy.queue_depth)
         self._block_bytes = policy.block_bytes
+        self.notes: list[str] = []
         self._files: dict[tuple[str, tuple[int, int, int]], _native.ReadOnlyFile] = {}
 
     def ranges(self, origins: Mapping[OffloadedParam, FileOrigin]) -> _native.FileRanges | None:
@@ -130,16 +135,17 @@ def take_from_file(
 ) -> bool:
     """Fill the slab of `unit`, which is being taken over and holds nothing, from files.
 
-    Returns False, and leaves the slab to be filled, where the files do not say what the parameters
-    say: they are what counts.
+    Returns False, and leaves the slab to be filled, where the files cannot be read or do not say
+    what the parameters say: these are what counts.
     """
-    slab, mover = unit.param_slab, context.mover
+    slab, mover, files = unit.param_slab, context.mover, context.files()
     try:
-        source = context.files().ranges(origins)
+        source = files.ranges(origins)
         if source is None:
             return False
         mover.load_from(slab, source)
-    except (CheckpointError, CorruptionError):
+    except (CheckpointError, CorruptionError, SwapIOError) as error:
+        files.notes.append(f"{unit.name} was copied to swap: {error}")
         return False
     with torch.no_grad():
         same = all(
@@ -148,6 +154,7 @@ def take_from_file(
         )
     if not same:
         slab.source = None
+        files.notes.append(f"{unit.name} was copied to swap: it is not what its file has")
     return same
 
 

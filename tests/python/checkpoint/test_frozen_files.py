@@ -262,6 +262,8 @@ def test_what_was_changed_between_loading_and_wrap_is_copied(tmp_path: Path) -> 
     expected = {k: v.clone() for k, v in base.state_dict().items()}
     model = offload.wrap(base.requires_grad_(False), policy_for(tmp_path))
     assert set(in_files(model)) == spilled(model) - {"blocks.2"}
+    (note,) = [n for n in offload.report(model).notes if "was copied to swap" in n]
+    assert note.startswith("blocks.2 was copied to swap: it is not what its file has")
     for name, value in expected.items():
         assert torch.equal(model.state_dict()[name], value), name
 
@@ -324,14 +326,20 @@ def test_a_file_that_is_deleted_or_replaced_goes_on_being_read(tmp_path: Path) -
         assert torch.equal(model.state_dict()[name], value), name
 
 
-def test_a_file_that_was_replaced_before_wrap_is_not_believed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("replaced", [True, False])
+def test_a_file_that_was_replaced_before_wrap_is_not_believed(
+    replaced: bool, tmp_path: Path
+) -> None:
     state = checkpoint(tmp_path)
     base = Base()
     offload.load_weights(base, tmp_path, frozen="file")
     (tmp_path / "model.safetensors").unlink()
-    save_file({k: torch.zeros_like(v) for k, v in state.items()}, tmp_path / "model.safetensors")
+    if replaced:
+        other = {k: torch.zeros_like(v) for k, v in state.items()}
+        save_file(other, tmp_path / "model.safetensors")
     model = offload.wrap(base.requires_grad_(False), policy_for(tmp_path))
     assert in_files(model) == []
+    assert any("model.safetensors" in note for note in offload.report(model).notes)
     for name, value in state.items():
         assert torch.equal(model.state_dict()[name], value), name
 
