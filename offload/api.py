@@ -68,6 +68,7 @@ def wrap(model: M, policy: Policy) -> M:
 def unwrap(model: M) -> M:
     """Undo wrap(): parameters and gradients are ordinary tensors in memory again.
 
+    With ``Policy(param_dtype=...)`` they are fp32 again: parameters are their masters.
     Optimizer state of ``offload.AdamW`` does not survive: take ``optimizer.state_dict()`` before.
 
     Raises:
