@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import gc
 import json
 import os
 from collections.abc import Callable
@@ -12,6 +14,7 @@ import pytest
 import torch
 import training as t
 from measured import run
+from test_fork import error_of, in_child
 from torch import nn
 
 import offload
@@ -433,3 +436,22 @@ def test_the_parameters_know_their_owner(tmp_path: Path) -> None:
     model = before_wrap(tmp_path)
     assert all(owner_of(param) is not None for param in model.parameters())
     assert not any(hasattr(param, "_offload_origin") for param in model.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
+@pytest.mark.parametrize("engine", ["threads", "auto"])
+def test_a_forked_child_is_told_and_may_drop_the_model(engine: str, tmp_path: Path) -> None:
+    state = checkpoint(tmp_path)
+    policy = dataclasses.replace(policy_for(tmp_path), io_engine=engine)
+    models = [offload.wrap(Base().requires_grad_(False), policy)]
+    offload.load_weights(models[0], tmp_path, frozen="file")
+
+    def child() -> str:
+        said = error_of(lambda: models[0](torch.zeros(1, WIDTH)))
+        models.clear()
+        gc.collect()
+        return said
+
+    assert "forked child" in in_child(child)
+    for name, value in state.items():
+        assert torch.equal(models[0].state_dict()[name], value), name
