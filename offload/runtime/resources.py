@@ -82,11 +82,7 @@ class Resources:
         policy, plan = self.policy, self.plan
         store = space.store if space is not None else None
         if space is not None:
-            objects = sum(
-                (not p.pin_params) + (not p.pin_grads) + p.unit.state_slabs * (not p.pin_state)
-                for p in plan.placements
-            )
-            space.reserve(sum(plan.disk_bytes().values()), objects)
+            space.reserve(plan.swap_bytes, sum(p.swap_objects for p in plan.placements))
         # What the plan leaves free is for an optimizer that keeps more state than AdamW.
         home = _native.HostArena(plan.pinned_bytes + plan.free_bytes, policy.debug)
         ring = _native.HostArena(plan.ring_bytes, policy.debug) if plan.ring_bytes else None
