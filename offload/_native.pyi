@@ -346,6 +346,42 @@ class SwapStore:
         """
 
 @final
+class FileEngine:
+    """Reads files of others in the background."""
+
+    def __init__(self, engine: str = "auto", queue_depth: int = 16, threads: int = 4) -> None: ...
+    @property
+    def bytes_read(self) -> int: ...
+    def close(self) -> None:
+        """End reads in flight, cancel those not started; later ones raise OffloadError."""
+
+@final
+class ReadOnlyFile:
+    """A regular file, open; links are followed."""
+
+    def __init__(self, path: str) -> None: ...
+    @property
+    def version(self) -> tuple[int, int, int]:
+        """What changes with the file: inode, bytes, time of the last change in ns."""
+
+@final
+class FileRanges:
+    """Bytes that are read from files to where they belong in one buffer.
+
+    `parts`: file, offset and bytes in it, offset in the buffer, name for messages. Every read after
+    the first compares checksums, and raises CorruptionError for a file that was changed.
+    """
+
+    def __init__(
+        self,
+        engine: FileEngine,
+        parts: Sequence[tuple[ReadOnlyFile, int, int, int, str]],
+        block_bytes: int,
+    ) -> None: ...
+    def read(self, lease: Lease, demand: bool = False) -> Transfer:
+        """Start to read all parts; what lies between them stays as it is. One at a time."""
+
+@final
 class AtenRounding:
     """How ATen rounds in this process."""
 

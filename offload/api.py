@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from os import PathLike, fspath
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from torch import nn
 
@@ -68,6 +68,7 @@ def wrap(model: M, policy: Policy) -> M:
 def unwrap(model: M) -> M:
     """Undo wrap(): parameters and gradients are ordinary tensors in memory again.
 
+    With ``Policy(param_dtype=...)`` they are fp32 again: parameters are their masters.
     Optimizer state of ``offload.AdamW`` does not survive: take ``optimizer.state_dict()`` before.
 
     Raises:
@@ -99,7 +100,11 @@ def materialize(module: M) -> AbstractContextManager[M]:
 
 
 def load_weights(
-    model: nn.Module, path: str | PathLike[str], strict: bool = True
+    model: nn.Module,
+    path: str | PathLike[str],
+    strict: bool = True,
+    *,
+    frozen: Literal["copy", "file"] = "copy",
 ) -> IncompatibleKeys:
     """Load a safetensors checkpoint, one tensor at a time, straight to where the model lives.
 
@@ -113,6 +118,12 @@ def load_weights(
         path: a .safetensors file, an index of shards (.json), or a folder with
             model.safetensors or model.safetensors.index.json.
         strict: whether names that only the model or only the checkpoint has are an error.
+        frozen: "file": frozen parameters that the plan does not keep in memory stay in the
+            checkpoint, which has to stay as it is, and are not written to swap: called before
+            ``wrap`` for those that are frozen in ``wrap``, or after it. That takes parameters of
+            the same dtype, not narrowed, that are contiguous, and a unit all of which is in files;
+            others are copied. What is written to is copied to swap then; the checkpoint never
+            changes. A file that was changed or cut short is a CorruptionError when it is next read.
 
     Returns:
         The names that only the model has (``missing_keys``) or only the checkpoint
@@ -121,8 +132,10 @@ def load_weights(
     Raises:
         CheckpointError: the file is none, or does not fit: names, shapes, dtypes; nothing was
             changed then. Or it could not be read to its end, when part of it has been loaded.
+        PolicyError: `frozen` is neither.
+        CorruptionError: with ``frozen="file"``, the file was changed meanwhile.
     """
-    return weights.load_weights(model, Path(path), strict)
+    return weights.load_weights(model, Path(path), strict, frozen)
 
 
 def report(model: nn.Module) -> Report:

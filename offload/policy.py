@@ -209,9 +209,10 @@ class Policy:
             raise PolicyError(f"Policy(units={self.units!r}): expected a list of module names")
         if self.max_unit_bytes is not None:
             parse_bytes(self.max_unit_bytes, "Policy(max_unit_bytes=...)")
-        if self.param_dtype is not None and str(self.param_dtype) not in PARAM_DTYPES:
+        dtype = self.param_dtype
+        if dtype is not None and (isinstance(dtype, str) or str(dtype) not in PARAM_DTYPES):
             raise PolicyError(
-                f"Policy(param_dtype={self.param_dtype!r}): expected torch.bfloat16, torch.float16 "
+                f"Policy(param_dtype={dtype!r}): expected torch.bfloat16, torch.float16 "
                 "or None; fp32 parameters can be kept in no other dtype"
             )
         self._check_activations()

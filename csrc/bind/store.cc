@@ -6,6 +6,8 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <tuple>
+#include <utility>
 #include <variant>
 #include <vector>
 
@@ -14,6 +16,7 @@
 #include "bind/keep_alive.h"
 #include "io/probe.h"
 #include "mem/host_memory.h"
+#include "store/file_ranges.h"
 #include "store/swap_store.h"
 #include "stream/transfer.h"
 
@@ -127,6 +130,63 @@ SwapStoreOptions store_options(const Dirs& dirs, const std::string& engine, unsi
   return options;
 }
 
+// An engine for files that are read where they are. Ranges share it; it is closed with this handle,
+// so that none of its own threads is the one to end it.
+struct FileEngine {
+  explicit FileEngine(std::unique_ptr<IoEngine> made) : engine(std::move(made)) {}
+  FileEngine(const FileEngine&) = delete;
+  FileEngine& operator=(const FileEngine&) = delete;
+  ~FileEngine() { static_cast<void>(engine->close()); }
+
+  const std::shared_ptr<IoEngine> engine;
+};
+
+using PartTuple = std::tuple<std::shared_ptr<ReadOnlyFile>, std::uint64_t, std::uint64_t,
+                             std::uint64_t, std::string>;
+
+void bind_file_ranges(py::module_& m) {
+  py::class_<FileEngine>(m, "FileEngine")
+      .def(py::init([](const std::string& engine, unsigned queue_depth, unsigned threads) {
+             IoEngineOptions options;
+             options.queue_depth = queue_depth;
+             options.threads = threads;
+             EngineChoice choice =
+                 take(unlocked([&] { return make_engine(engine_kind(engine), options); }));
+             return std::make_unique<FileEngine>(std::move(choice.engine));
+           }),
+           py::arg("engine") = "auto", py::arg("queue_depth") = 16, py::arg("threads") = 4)
+      .def_property_readonly(
+          "bytes_read", [](const FileEngine& files) { return files.engine->counters().bytes_read; })
+      .def("close",
+           [](FileEngine& files) { check(unlocked([&] { return files.engine->close(); })); });
+  py::class_<ReadOnlyFile, std::shared_ptr<ReadOnlyFile>>(m, "ReadOnlyFile")
+      .def(py::init([](const std::string& path) {
+             return std::make_shared<ReadOnlyFile>(take(ReadOnlyFile::open(path)));
+           }),
+           py::arg("path"))
+      .def_property_readonly("version", [](const ReadOnlyFile& file) {
+        const ReadOnlyFile::Version& v = file.version;
+        return py::make_tuple(v.inode, v.bytes, v.modified_ns);
+      });
+  py::class_<FileRanges, std::shared_ptr<FileRanges>>(m, "FileRanges")
+      .def(py::init([](const FileEngine& files, const std::vector<PartTuple>& parts,
+                       std::uint64_t block_bytes) {
+             std::vector<FileRanges::Part> made;
+             for (const auto& [file, offset, nbytes, at, name] : parts) {
+               made.push_back({file, offset, nbytes, at, name});
+             }
+             return take(FileRanges::create(files.engine, std::move(made), block_bytes));
+           }),
+           py::arg("engine"), py::arg("parts"), py::arg("block_bytes"))
+      .def(
+          "read",
+          [](FileRanges& ranges, const std::shared_ptr<Lease>& lease, bool demand) {
+            const IoPriority priority = demand ? IoPriority::kDemand : IoPriority::kBackground;
+            return take(unlocked([&] { return Transfer::read(ranges, lease, priority); }));
+          },
+          py::arg("lease"), py::arg("demand") = false);
+}
+
 }  // namespace
 
 void bind_store(py::module_& m) {
@@ -134,6 +194,7 @@ void bind_store(py::module_& m) {
       .def("done", &Transfer::done)
       .def("cancel", &Transfer::cancel)
       .def("wait", &wait, "Block until done; raises the transfer's error.");
+  bind_file_ranges(m);
   py::class_<SwapStore, std::shared_ptr<SwapStore>>(m, "SwapStore")
       .def(
           py::init([](const Dirs& dirs, const std::string& engine, unsigned queue_depth,

@@ -49,6 +49,23 @@ Result<std::shared_ptr<Transfer>> Transfer::read(SwapStore& store, ObjectId obje
   return start(store, IoOp::kRead, object, std::move(lease), nbytes, priority);
 }
 
+Result<std::shared_ptr<Transfer>> Transfer::read(FileRanges& ranges, std::shared_ptr<Lease> lease,
+                                                 IoPriority priority) {
+  if (ranges.buffer_bytes() > lease->nbytes()) {
+    return Status::error(Code::kInvalid,
+                         "ranges of files of " + std::to_string(ranges.buffer_bytes()) +
+                             " bytes do not fit a lease of " + std::to_string(lease->nbytes()));
+  }
+  auto transfer = std::make_shared<Transfer>();
+  std::byte* const buffer = lease->data();
+  auto done = [transfer, lease = std::move(lease)](const Status& status) mutable {
+    lease.reset();
+    transfer->finish(status);
+  };
+  OFFLOAD_RETURN_IF_ERROR(ranges.read(buffer, priority, std::move(done), &transfer->cancelled_));
+  return transfer;
+}
+
 bool Transfer::done() const {
   std::lock_guard<std::mutex> lock(mutex_);
   return done_;

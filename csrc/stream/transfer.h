@@ -13,6 +13,7 @@
 
 #include "base/status.h"
 #include "mem/host_memory.h"
+#include "store/file_ranges.h"
 #include "store/swap_store.h"
 #include "sys/at_fork.h"
 
@@ -27,6 +28,10 @@ class Transfer {
                                                  IoPriority priority);
   static Result<std::shared_ptr<Transfer>> read(SwapStore& store, ObjectId object,
                                                 std::shared_ptr<Lease> lease, std::uint64_t nbytes,
+                                                IoPriority priority);
+
+  // Reads all of `ranges` to the lease. kInvalid when it is too small.
+  static Result<std::shared_ptr<Transfer>> read(FileRanges& ranges, std::shared_ptr<Lease> lease,
                                                 IoPriority priority);
 
   bool done() const;

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from offload.errors import CheckpointError
+from offload.tiers.weight_files import FileOrigin
 
 _MOST_HEADER_BYTES = 100_000_000  # the format's limit
 _STAGING_BYTES = 8 << 20
@@ -51,6 +52,8 @@ class StoredTensor:
         shape: in elements.
         offset: of its first byte in the file.
         nbytes: of its contiguous elements.
+        name: in the file.
+        version: of the file when its header was read: inode, bytes, last change in ns.
     """
 
     file: Path
@@ -58,6 +61,15 @@ class StoredTensor:
     shape: tuple[int, ...]
     offset: int
     nbytes: int
+    name: str
+    version: tuple[int, int, int]
+
+    def origin(self) -> FileOrigin | None:
+        """Return it as a place that a parameter can stay in; None: torch has no such dtype."""
+        if self.dtype is None:
+            return None
+        path = str(self.file.absolute())
+        return FileOrigin(path, self.name, self.dtype, self.offset, self.nbytes, self.version)
 
     @property
     def dtype(self) -> torch.dtype | None:
@@ -152,7 +164,9 @@ def _index(index: Path) -> dict[str, StoredTensor]:
 def _header(file: Path) -> dict[str, StoredTensor]:
     try:
         with file.open("rb") as stream:
-            size = os.fstat(stream.fileno()).st_size
+            status = os.fstat(stream.fileno())
+            size = status.st_size
+            version = status.st_ino, size, status.st_mtime_ns
             length = int.from_bytes(stream.read(8), "little")
             if size < 8 or length > min(size - 8, _MOST_HEADER_BYTES):
                 raise CheckpointError(f"{file}: not a safetensors file, or a truncated one")
@@ -160,10 +174,15 @@ def _header(file: Path) -> dict[str, StoredTensor]:
     except OSError as error:
         raise CheckpointError(f"{file}: {error.strerror}") from error
     entries.pop("__metadata__", None)
-    return {name: _stored(file, name, entry, 8 + length, size) for name, entry in entries.items()}
+    return {
+        name: _stored(file, name, entry, 8 + length, version) for name, entry in entries.items()
+    }
 
 
-def _stored(file: Path, name: str, entry: Any, start: int, size: int) -> StoredTensor:
+def _stored(
+    file: Path, name: str, entry: Any, start: int, version: tuple[int, int, int]
+) -> StoredTensor:
+    size = version[1]
     try:
         kind, shape = str(entry["dtype"]), tuple(int(n) for n in entry["shape"])
         first, last = (int(n) for n in entry["data_offsets"])
@@ -176,7 +195,7 @@ def _stored(file: Path, name: str, entry: Any, start: int, size: int) -> StoredT
             f"{file}: {name} is {kind} {list(shape)} in bytes {first} to {last} of {size - start}; "
             "the file is truncated or damaged"
         )
-    return StoredTensor(file, kind, shape, start + first, last - first)
+    return StoredTensor(file, kind, shape, start + first, last - first, name, version)
 
 
 def _object(file: Path, text: bytes) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 1. The files' headers and the model's names, shapes and dtypes are compared; nothing is changed yet.
 2. Unit by unit, the parameters are held in memory and read into, one tensor at a time. Of
    narrowed ones the masters are read before, and then the same bytes again, rounded from fp32.
+   With ``frozen="file"``, spilled frozen units that lie in files as they are stay there.
 3. What is no unit's follows: buffers, and parameters in ordinary memory or scratch memory.
 """
 
@@ -16,11 +17,15 @@ import torch
 from torch import nn
 
 from offload.checkpoint.safetensors_file import StoredTensor, stored_tensors
-from offload.errors import CheckpointError
+from offload.errors import CheckpointError, PolicyError
 from offload.runtime.materialize import UnitsHeld
 from offload.runtime.scratch_memory import region_of
 from offload.tiers.masters import replace_master
 from offload.tiers.unit import Unit, owner_of
+from offload.tiers.weight_files import can_stay, move_to_file, note_origin
+
+FROZEN = ("copy", "file")
+"""What becomes of frozen weights: copied to where others live, or left in their files."""
 
 _NAMED = 20
 """Names that a message lists of each kind."""
@@ -33,8 +38,13 @@ class IncompatibleKeys(NamedTuple):
     unexpected_keys: list[str]
 
 
-def load_weights(model: nn.Module, path: Path, strict: bool) -> IncompatibleKeys:
+def load_weights(
+    model: nn.Module, path: Path, strict: bool, frozen: str = "copy"
+) -> IncompatibleKeys:
     """See offload.load_weights."""
+    if frozen not in FROZEN:
+        raise PolicyError(f"load_weights(frozen={frozen!r}): expected one of {', '.join(FROZEN)}")
+    stays = frozen == "file"
     stored = stored_tensors(path)
     names = dict(_names(model))
     chosen: dict[torch.Tensor, tuple[str, StoredTensor]] = {}
@@ -55,6 +65,8 @@ def load_weights(model: nn.Module, path: Path, strict: bool) -> IncompatibleKeys
             units.setdefault(owner.unit, []).append(tensor)
     with torch.no_grad():
         for unit, tensors in units.items():
+            if stays and _stays_in_file(unit, chosen):
+                continue
             if unit.is_narrowed:
                 for tensor in tensors:
                     _read_master(chosen[tensor][1], tensor)
@@ -66,6 +78,8 @@ def load_weights(model: nn.Module, path: Path, strict: bool) -> IncompatibleKeys
             if region is not None:
                 region.memory.use([region])
             _read(chosen[tensor][1], tensor)
+            if isinstance(tensor, nn.Parameter):
+                note_origin(tensor, chosen[tensor][1].origin() if stays else None)
     return IncompatibleKeys(missing, unexpected)
 
 
@@ -81,6 +95,22 @@ def _names(model: nn.Module) -> Iterator[tuple[str, torch.Tensor | None]]:
                 yield prefix + name, buffer
         if type(module).get_extra_state is not nn.Module.get_extra_state:
             yield f"{prefix}_extra_state", None
+
+
+def _stays_in_file(unit: Unit, chosen: dict[torch.Tensor, tuple[str, StoredTensor]]) -> bool:
+    """Have the files be the home of `unit`, where they have all of it as it is kept."""
+    if unit.param_slab.pinned:
+        return False
+    origins = {}
+    for param in unit.params:
+        stored = chosen.get(param.param)
+        origin = None if stored is None else stored[1].origin()
+        if origin is None or not can_stay(param, origin):
+            return False
+        origins[param] = origin
+    context = unit.params[0].context
+    with context.lock:
+        return move_to_file(context, unit, origins)
 
 
 def _read_master(stored: StoredTensor, tensor: torch.Tensor) -> None:

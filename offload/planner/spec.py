@@ -21,6 +21,7 @@ class UnitSpec:
         element_bytes: of one parameter element; all of the unit's have one dtype.
         frozen_masters: bytes of each fp32 value that is kept of a frozen parameter in 16 bits, in
             whole pages. No step uses them.
+        in_file: its parameters, frozen, can be read from a file of their own and need no swap.
     """
 
     name: str
@@ -29,6 +30,7 @@ class UnitSpec:
     nested: bool = False
     element_bytes: int = 4
     frozen_masters: tuple[int, ...] = ()
+    in_file: bool = False
 
     @property
     def state_bytes(self) -> int:
@@ -85,6 +87,17 @@ class Placement:
     pin_grads: bool
     pin_state: bool
 
+    @property
+    def in_file(self) -> bool:
+        """Whether the parameters' home is a file of their own."""
+        return self.unit.in_file and not self.pin_params
+
+    @property
+    def swap_objects(self) -> int:
+        """How many slabs have their home in the swap files."""
+        params = not (self.pin_params or self.in_file)
+        return params + (not self.pin_grads) + self.unit.state_slabs * (not self.pin_state)
+
 
 @dataclass(frozen=True)
 class Traffic:
@@ -136,6 +149,12 @@ class Plan:
             "staging": 0,
             "activations": 0,
         }
+
+    @property
+    def swap_bytes(self) -> int:
+        """Bytes whose home is the swap files: all on disk but what lies in files of its own."""
+        in_file = (p.unit.param_bytes for p in self.placements if p.in_file)
+        return sum(self.disk_bytes().values()) - sum(in_file)
 
     @property
     def pinned_bytes(self) -> int:

@@ -99,11 +99,7 @@ class Resources:
         policy, plan = self.policy, self.plan
         store = space.store if space is not None else None
         if space is not None:
-            objects = sum(
-                (not p.pin_params) + (not p.pin_grads) + p.unit.state_slabs * (not p.pin_state)
-                for p in plan.placements
-            )
-            space.reserve(sum(plan.disk_bytes().values()), objects)
+            space.reserve(plan.swap_bytes, sum(p.swap_objects for p in plan.placements))
         # What the plan leaves free is for an optimizer that keeps more state than AdamW.
         home_bytes, device = plan.pinned_bytes + plan.free_bytes, self._open_device()
         home = _native.HostArena(home_bytes, policy.debug, pin=device)

@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from offload.errors import OffloadError, UnsupportedError
 from offload.planner import UnitSpec
-from offload.policy import Policy
+from offload.policy import Policy, format_bytes
 from offload.runtime.activation_choice import ActivationChoice
 from offload.runtime.activations import Activations
 from offload.runtime.backward import BackwardHooks
@@ -29,6 +29,7 @@ from offload.tiers.grad_handle import GradHandle
 from offload.tiers.masters import provide_masters
 from offload.tiers.spent_grad import SpentGrad
 from offload.tiers.unit import OffloadedParam, SpilledParameter, Unit
+from offload.tiers.weight_files import origins_of
 
 ATTRIBUTE = "_offload_wrapped"
 """Where a wrapped model keeps its WrappedModel."""
@@ -192,12 +193,13 @@ class WrappedModel:
         arenas = [arena.usage() for arena in memories]
         store = context.store or (home.store if home is not None else None)
         disk = store.stats() if store is not None else {}
+        files = context.weight_files.bytes_read if context.weight_files is not None else 0
         update = context.pipeline.stats()
         return {
             "arena_budget_bytes": context.plan.budget_bytes,
             "arena_in_use_bytes": sum(usage["in_use"] for usage in arenas),
             "arena_peak_bytes": sum(usage["peak"] for usage in arenas),
-            "disk_read_bytes": disk.get("bytes_read", 0),
+            "disk_read_bytes": disk.get("bytes_read", 0) + files,
             "disk_write_bytes": disk.get("bytes_written", 0),
             "disk_busy_seconds": disk.get("busy_seconds", 0.0),
             "update_seconds": update["update_seconds"],
@@ -227,6 +229,12 @@ class WrappedModel:
         home = self.context.activations
         space = self.context.space or (home.space if home is not None else None)
         notes = space.notes() if space is not None else ()
+        slabs = [unit.param_slab for unit in self.context.units]
+        in_files = sum(slab.nbytes for slab in slabs if slab.source is not None)
+        if in_files:
+            notes = (*notes, f"{format_bytes(in_files)} of frozen parameters stay in their files")
+        if self.context.weight_files is not None:
+            notes = (*notes, *self.context.weight_files.notes)
         return (*notes, *(self._choice.notes() if self._choice is not None else ()))
 
 
@@ -247,6 +255,7 @@ def _lay_out(
                 source.nested,
                 unit.params[0].dtype.itemsize,
                 tuple(map(_pages, frozen_masters)),
+                origins_of(unit) is not None,
             )
         )
     return units, specs

@@ -36,6 +36,7 @@ from offload.tiers.state_slabs import StateSlabs, operand
 from offload.tiers.swap_space import SwapSpace
 from offload.tiers.unit import OffloadedParam, SpilledParameter, Unit
 from offload.tiers.updates import Updates
+from offload.tiers.weight_files import WeightFiles, note_origin, origins_of, take_from_file
 from offload.trace import Phase, Use
 
 
@@ -51,6 +52,7 @@ class RuntimeContext:
         activations: where saved activations are; None: autograd keeps them.
         resident: everything stays in memory, so parameters and gradients are ordinary tensors
             throughout: nobody has to be told of a use, and no hooks are needed.
+        weight_files: what reads units from files of others; None: there are no such units.
         reading_out: detach() of a spilled parameter returns a copy (state_dict is being made).
         saved_hooks: a context in which autograd saves no parameter that is about to be detached.
     """
@@ -79,6 +81,8 @@ class RuntimeContext:
         self.mover.relieve = self._relieve
         if device is not None:
             device.relieve = self._relieve
+        self.mover.find_place = self._place_for
+        self.weight_files: WeightFiles | None = None
         self.updates = Updates(mover)
         self.prefetcher = Prefetcher(plan, mover, self.updates, device)
         self.units: list[Unit] = []
@@ -99,13 +103,17 @@ class RuntimeContext:
         """
         seed_masters(self, unit)
         placement = self.plan.placements[unit.index]
-        unit.param_slab = self._slab(unit, "parameters", unit.param_bytes, placement.pin_params)
+        origins = None if placement.pin_params else origins_of(unit)
+        unit.param_slab = self._slab(
+            unit, "parameters", unit.param_bytes, placement.pin_params, is_stored=origins is None
+        )
         if unit.grad_bytes:
             unit.grad_slab = self._slab(unit, "gradients", unit.grad_bytes, placement.pin_grads)
             unit.grad_slab.live = unit.grads_wanted
-        self.mover.hold_new(unit.param_slab)
-        for param in unit.params:
-            param.view(unit.param_slab).copy_(param.param.detach())
+        if origins is None or not take_from_file(self, unit, origins):
+            self.mover.hold_new(unit.param_slab)
+            for param in unit.params:
+                param.view(unit.param_slab).copy_(param.param.detach())
         self.units.append(unit)
         self.prefetcher.add(unit)
         if self.device is not None and placement.unit.nested:
@@ -113,6 +121,7 @@ class RuntimeContext:
                 if slab is not None:
                     self.device.keep_at_home(slab)
         for param in unit.params:
+            note_origin(param.param, None)
             param.take_over()
             if self.device is None:
                 self.point(param)
@@ -139,13 +148,25 @@ class RuntimeContext:
             return None
         return tuple(0 if state is None else state.disk_bytes for state in states)
 
-    def _slab(self, unit: Unit, kind: str, nbytes: int, pinned: bool) -> Slab:
-        swap_object = None
-        if not pinned:
-            if self.space is None:
-                raise OffloadError(f"{unit.name}: no swap store to spill to (internal error)")
-            swap_object = self.space.create(nbytes)
-        return Slab(f"{kind} of {unit.name}", kind, nbytes, pinned, swap_object)
+    def files(self) -> WeightFiles:
+        """Return what reads units from files of others; opened when there first are any."""
+        if self.weight_files is None:
+            self.weight_files = WeightFiles(self.policy)
+        return self.weight_files
+
+    def _slab(
+        self, unit: Unit, kind: str, nbytes: int, pinned: bool, is_stored: bool = True
+    ) -> Slab:
+        """Return a new slab; one that is neither pinned nor stored gets its place when written."""
+        slab = Slab(f"{kind} of {unit.name}", kind, nbytes, pinned, None)
+        if not pinned and is_stored:
+            slab.swap_object = self._place_for(slab)
+        return slab
+
+    def _place_for(self, slab: Slab) -> int:
+        if self.space is None:
+            raise OffloadError(f"{slab.name}: no swap store to spill to (internal error)")
+        return self.space.create(slab.nbytes)
 
     # -- parameters -----------------------------------------------------------------------------
 
@@ -421,5 +442,7 @@ class RuntimeContext:
         if self.device is not None:
             self.device.close()
         self.pipeline.close()
+        if self.weight_files is not None:
+            self.weight_files.close()
         if self.store is not None:
             self.store.close()

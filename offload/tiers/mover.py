@@ -93,6 +93,26 @@ class Mover:
             self._take_memory(slab)
         slab.residency = Residency.HOST
         slab.dirty = True
+        slab.source = None
+
+    def load_from(self, slab: Slab, source: _native.FileRanges) -> None:
+        """Replace the bytes of `slab` by those of files, which it is read from afterwards.
+
+        It is clean or holds nothing, and nobody holds it. After a failure it is as it was, but for
+        its memory.
+        """
+        self._finish(slab)
+        before = slab.source, slab.residency
+        self._drop(slab)  # somebody may have kept a tensor of what it holds
+        self._take_memory(slab)
+        slab.source, slab.residency = source, Residency.DISK
+        try:
+            self._start_read(slab, demand=True)
+            self._finish(slab)
+        except OffloadError:
+            slab.source = before[0]
+            slab.residency = Residency.ABSENT if before[1] is Residency.ABSENT else Residency.DISK
+            raise
 
     def receive(
         self, slab: Slab, start: Callable[[_native.Lease], Callable[[], Arrival]], on_disk: bool
@@ -178,7 +198,11 @@ class Mover:
             self.readers.settle(slab)
 
     def mark_dirty(self, slab: Slab) -> None:
-        """The bytes in memory were changed; a copy on disk, or on its way there, is not current."""
+        """The bytes in memory were changed; a copy on disk, or on its way there, is not current.
+
+        A slab that came from a file lives in the swap store from now on.
+        """
+        slab.source = None
         slab.dirty = True
         slab.changed_in_flight = slab.pending_write
 
@@ -192,6 +216,7 @@ class Mover:
         self._finish(slab)
         slab.residency = Residency.ABSENT
         slab.dirty = False
+        slab.source = None
         if not slab.pinned:
             self._drop(slab)
 
@@ -316,12 +341,16 @@ class Mover:
     # -- transfers ------------------------------------------------------------------------------
 
     def _start_read(self, slab: Slab, demand: bool) -> None:
-        if self.store is None or slab.swap_object is None or slab.lease is None:
-            raise OffloadError(f"{slab.name} has no place on disk (internal error)")
+        if slab.lease is None:
+            raise OffloadError(f"{slab.name} has no memory to be read to (internal error)")
         try:
-            self._start(
-                slab, False, self.store.read, slab.swap_object, slab.lease, slab.nbytes, demand
-            )
+            if slab.source is not None:
+                self._start(slab, False, slab.source.read, slab.lease, demand)
+            elif self.store is not None and slab.swap_object is not None:
+                read, place = self.store.read, slab.swap_object
+                self._start(slab, False, read, place, slab.lease, slab.nbytes, demand)
+            else:
+                raise OffloadError(f"{slab.name} has no place on disk (internal error)")
         except OffloadError:
             self._drop(slab)  # nothing was read
             raise

@@ -137,7 +137,7 @@ class Prefetcher:
         for slab in slabs:
             if slab.residency is Residency.HOST and not slab.locks:
                 mover.evict(slab)
-        before, begun = mover.store.stats()["bytes_read"], time.perf_counter()
+        before, begun = mover.read_bytes, time.perf_counter()
         mover.next_use = {slab: i for i, slab in enumerate(slabs)}
         fetched = []
         for i, slab in enumerate(slabs):
@@ -147,6 +147,4 @@ class Prefetcher:
         for slab in fetched:
             mover.settle(slab)
         mover.stall_seconds.clear()  # none of this was a training thread waiting
-        self.read_rate = (mover.store.stats()["bytes_read"] - before) / (
-            time.perf_counter() - begun
-        )
+        self.read_rate = (mover.read_bytes - before) / (time.perf_counter() - begun)

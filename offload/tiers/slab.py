@@ -32,6 +32,7 @@ class Slab:
         nbytes: bytes in use; memory for it is leased in whole pages.
         pinned: stays in host memory for good once it is there.
         locks: how many users hold it in memory at the moment.
+        source: files that it is read from instead of the swap store, as long as it is not changed.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Slab:
         self.residency = Residency.ABSENT
         self.dirty = False
         self.locks = 0
+        self.source: _native.FileRanges | None = None
         self.lease: _native.Lease | None = None
         """Its memory. Dropped here, it returns to the arena when no tensor refers to it either."""
         self.pending: Arrival | None = None

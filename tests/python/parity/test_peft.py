@@ -11,6 +11,7 @@ from comparison import assert_spilled, batches, offload_adamw, seeded, torch_ada
 from torch import nn
 from zoo import BY_NAME, Case
 
+import offload
 from offload.runtime.wrapped import wrapped
 from offload.tiers.slab import Slab
 
@@ -27,7 +28,7 @@ DEEPER = {"gpt2": {"n_layer": 8}, "llama": {"num_hidden_layers": 10}, "t5": {"nu
 """Without gradients and moments, the usual ones would fit into memory."""
 
 
-def adapted(case: Case, **options: bool) -> nn.Module:
+def adapted(case: Case, base: nn.Module | None = None, **options: bool) -> nn.Module:
     config = peft.LoraConfig(
         r=4,
         lora_alpha=8,
@@ -37,7 +38,7 @@ def adapted(case: Case, **options: bool) -> nn.Module:
         fan_in_fan_out=case.name == "gpt2",
         task_type="CAUSAL_LM" if case.name != "t5" else "SEQ_2_SEQ_LM",
     )
-    model = case.make(**DEEPER[case.name])
+    model = case.make(**DEEPER[case.name]) if base is None else base
     if options:
         model.activation_checkpointing_enable(options)
         model.enable_input_require_grads()
@@ -79,3 +80,30 @@ def test_adapters_train_exactly_and_the_base_is_not_written(
     # Adapters are small, and so kept in memory with their gradients and moments.
     assert model._offload_wrapped.counters()["disk_write_bytes"] == before
     assert_spilled(model)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_a_base_that_stays_in_its_checkpoint(name: str, tmp_path: Path) -> None:
+    """save_pretrained, then what a user with less memory does: nothing frozen is written."""
+    case = BY_NAME[name]
+    seeded(lambda: case.make(**DEEPER[name])).save_pretrained(tmp_path / "base")
+
+    def make() -> nn.Module:
+        with offload.deferred_init(tmp_path):
+            base = case.make(**DEEPER[name])
+        offload.load_weights(base, tmp_path / "base", strict=False, frozen="file")
+        base.tie_weights()
+        return adapted(case, base=base)
+
+    plain = seeded(make)
+    expected = train(plain, torch_adamw(plain), batches(case))
+    model = wrap(make, tmp_path)
+    context = wrapped(model).context
+    spilled = [u for u in context.units if not u.trainable and not u.param_slab.pinned]
+    assert spilled
+    assert all(unit.param_slab.source is not None for unit in spilled)
+    t.assert_same(expected, train(model, offload_adamw(model), batches(case)))
+    numbers = offload.report(model).as_dict()
+    assert numbers["disk_write_bytes"] == 0
+    assert numbers["disk_read_bytes"] > 0
+    assert all(unit.param_slab.source is not None for unit in spilled)

@@ -16,19 +16,29 @@ MIB = 2**20
 
 @st.composite
 def unit_specs(draw: st.DrawFn) -> list[UnitSpec]:
-    """Models of 1 to 12 units, alike or not, some frozen in part or whole, some nested."""
+    """Models of 1 to 12 units, alike or not, some frozen in part or whole, some nested.
+
+    Some of the frozen ones are kept in 16 bits beside their fp32 values, or lie in files.
+    """
     scales = draw(st.sampled_from([[PAGE], [64 * PAGE], [MIB], [16 * MIB], [PAGE, MIB, 9 * MIB]]))
     units = []
     for i in range(draw(st.integers(1, 12))):
         params = draw(st.integers(1, 12)) * draw(st.sampled_from(scales))
         grads = draw(st.sampled_from([params, params, 0, params // 2 // PAGE * PAGE]))
         nested = draw(st.sampled_from([False, False, False, True]))
-        units.append(UnitSpec(f"unit{i}", params, grads, nested))
+        masters: tuple[int, ...] = ()
+        if grads == 0 and draw(st.booleans()):
+            first = 2 * draw(st.integers(1, params // PAGE)) * PAGE
+            masters = tuple(n for n in (first, 2 * params - first) if n)
+        in_file = grads == 0 and not masters and draw(st.booleans())
+        units.append(
+            UnitSpec(f"unit{i}", params, grads, nested, frozen_masters=masters, in_file=in_file)
+        )
     return units
 
 
 def everything(units: list[UnitSpec]) -> int:
-    return sum(u.param_bytes + 3 * u.grad_bytes for u in units)
+    return sum(u.param_bytes + 3 * u.grad_bytes + sum(u.frozen_masters) for u in units)
 
 
 def draw_budget(data: st.DataObject, units: list[UnitSpec]) -> int:
@@ -55,14 +65,21 @@ def check(plan: Plan, units: list[UnitSpec], budget: int) -> None:
     assert host.keys() == disk.keys()
     assert host["parameters"] + disk["parameters"] == sum(u.param_bytes for u in units)
     assert host["gradients"] + disk["gradients"] == sum(u.grad_bytes for u in units)
-    state = sum(2 * u.grad_bytes for u in units)
+    state = sum(2 * u.grad_bytes + sum(u.frozen_masters) for u in units)
     assert host["optimizer state"] + disk["optimizer state"] == state
     assert plan.spills == (on_disk(plan) > 0)
     for placement in plan.placements:
         if is_kept(placement.unit):
             assert placement.pin_params
             assert placement.pin_grads
-            assert placement.pin_state
+            assert placement.pin_state or placement.unit.frozen_masters
+    for placement in plan.placements if plan.spills else ():
+        if placement.unit.frozen_masters:  # out of the way of what is in use
+            assert placement.pin_state == (placement.unit.param_bytes <= SMALL_BYTES)
+        if not placement.pin_state:
+            assert plan.ring_bytes >= max(placement.unit.frozen_masters, default=0)
+    in_files = sum(p.unit.param_bytes for p in plan.placements if p.in_file)
+    assert plan.swap_bytes == on_disk(plan) - in_files
     flat = [p for p in plan.placements if not is_kept(p.unit)]
     params = max((p.unit.param_bytes for p in flat), default=0)
     grads = max((p.unit.grad_bytes for p in flat), default=0)

@@ -58,7 +58,7 @@ class Odds(nn.Module):
         return y
 
 
-class Bf16Odds(Odds):
+class Fp32Odds(Odds):
     """Without what is not fp32: for fp16, which refuses other narrow parameters."""
 
     def __init__(self) -> None:

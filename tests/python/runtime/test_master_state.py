@@ -295,7 +295,9 @@ def _fp32(model: nn.Module) -> nn.Module:
 # -- refusals ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int8, torch.complex64, "x"])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64, torch.int8, torch.complex64, "torch.bfloat16"]
+)
 def test_dtypes_that_are_refused(dtype: Any) -> None:
     with pytest.raises(offload.PolicyError, match="param_dtype"):
         offload.Policy(offload.Budget(host="1GiB"), param_dtype=dtype)

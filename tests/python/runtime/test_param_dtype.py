@@ -10,6 +10,7 @@ import torch
 import training as t
 from mixed import (
     Forward,
+    Fp32Odds,
     Narrow,
     Odds,
     assert_state,
@@ -22,7 +23,7 @@ from torch import nn
 import offload
 
 ADAMW: dict[str, Any] = {"lr": 1e-2, "weight_decay": 0.1}
-BF16 = torch.bfloat16
+IN_MEMORY = 1 << 28
 
 
 def gpt2() -> nn.Module:
@@ -75,7 +76,7 @@ def compare(
                 assert torch.equal(param.detach().clone(), theirs[name]), name
     assert_state(model.state_dict(), reference.full_state())
     report = offload.report(model)
-    assert report.plan.spills
+    assert report.plan.spills is (options.get("budget") != IN_MEMORY)
     assert report.as_dict()["arena_peak_bytes"] <= report.plan.budget_bytes
     offload.unwrap(model)
     assert_state(dict(model.state_dict()), reference.full_state())
@@ -96,6 +97,28 @@ def test_training_is_that_of_explicit_masters(
 )
 def test_steps_in_the_backward(make: t.Model, loss_of: Forward, tmp_path: Path) -> None:
     compare(make, loss_of, tmp_path, micro_batches=1, in_backward=True)
+
+
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_a_model_that_fits_into_memory(in_backward: bool, tmp_path: Path) -> None:
+    micro_batches = 1 if in_backward else 2
+    for make, loss_of in ((gpt2, gpt2_loss), (Odds, odd_loss)):
+        compare(
+            make,
+            loss_of,
+            tmp_path,
+            micro_batches=micro_batches,
+            in_backward=in_backward,
+            budget=IN_MEMORY,
+        )
+
+
+def test_fp16(tmp_path: Path) -> None:
+    compare(Fp32Odds, odd_loss, tmp_path, param_dtype=torch.float16)
+    model = offload.wrap(Odds(), policy_for(Odds, tmp_path))
+    with pytest.raises(offload.UnsupportedError, match=r"narrow\.weight is torch\.bfloat16"):
+        offload.wrap(Odds(), policy_for(Odds, tmp_path, 1 << 28, param_dtype=torch.float16))
+    assert model.blocks[0].narrow.weight.dtype is torch.bfloat16
 
 
 def test_small_units_and_recomputed_blocks(tmp_path: Path) -> None:
