@@ -1,6 +1,7 @@
 # Each target does all the set-up it needs, on a fresh clone too; a second run does only what changed.
 #   make demo ARGS="…"    train a GPT larger than memory; ARGS go to examples/train_gpt.py
 #   make test             everything CI checks
+#   make device-test      models and optimizers once more, on the simulated device
 #   make bench ARGS="…"   every benchmark; ARGS="--quick" for a short look
 #   make fuzz             libFuzzer on the parsers of on-disk bytes, FUZZ_SECONDS=600; needs clang
 
@@ -17,7 +18,7 @@ NO_ASLR := $(shell setarch $$(uname -m) -R true 2>/dev/null && echo setarch $$(u
 
 # Targets share the venv and two cores are soon full: one at a time, each parallel inside.
 .NOTPARALLEL:
-.PHONY: demo venv build test cpp-test py-test lint format bench fuzz clean
+.PHONY: demo venv build test cpp-test py-test device-test lint format bench fuzz clean
 
 demo: build
 	$(BIN)/python examples/train_gpt.py $(ARGS)
@@ -71,6 +72,10 @@ comma := ,
 
 py-test: build $(VENV)/.stamp-dev
 	$(BIN)/python -m pytest
+
+device-test: build $(VENV)/.stamp-dev
+	$(BIN)/python -m pytest --device simulated:latest \
+	  tests/python/runtime tests/python/optim tests/python/parity
 
 lint: $(VENV)/.stamp-dev
 	$(BIN)/ruff check $(PY_DIRS)

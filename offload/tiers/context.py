@@ -175,8 +175,10 @@ class RuntimeContext:
         if unit.attached and not unit.updating:
             return
         self.load_for_compute(unit)
-        for param in unit.params:
-            self.point(param)
+        start = self._start_of(unit)
+        for param in unit.params:  # not those that are right: another thread may compute with them
+            if not unit.attached or param.param.data_ptr() != param.address(start):
+                self.point(param)
         unit.attached = True
         self._note_version(unit)
 
@@ -331,7 +333,11 @@ class RuntimeContext:
         sync_masters(self, unit)
         whole = len(segments) == len(unit.trainable)
         state, grads = self.state_of(unit).of(layout, whole=whole), self.gradients.slab(unit)
-        self.detach(unit)
+        # Operators that another thread runs on the parameters must not lose them: they stay attached,
+        # and the update is done at once. Some of the new values may be seen there.
+        held_elsewhere = unit.attached and self.scopes.others_hold(unit)
+        if not held_elsewhere:
+            self.detach(unit)
         if self.device is not None:
             self.device.forget(unit.param_slab)
 
@@ -354,6 +360,8 @@ class RuntimeContext:
 
         self.updates.put_off(unit, [unit.param_slab, grads, *state], prepare)
         unit.version += 1
+        if held_elsewhere:
+            self.settle(unit)
 
     def end_step(self) -> None:
         """All updates of a step were begun: run them, or let them run as they are needed."""

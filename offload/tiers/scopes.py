@@ -49,6 +49,16 @@ class ForwardScopes:
         """Whether no thread is in forward."""
         return not self._open
 
+    def others_hold(self, unit: Unit) -> bool:
+        """Whether a call in another thread uses `unit`."""
+        mine = threading.get_ident()
+        return any(
+            unit in scope.units or unit in scope.touched
+            for thread, scopes in self._open.items()
+            if thread != mine
+            for scope in scopes
+        )
+
     def open(self, module: nn.Module) -> Scope:
         """Begin a call of `module` in this thread."""
         scope = Scope(module)
