@@ -10,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-CPP_FILES = $(shell find csrc tests/cpp tests/fuzz benchmarks -name '*.cc' -o -name '*.h')
+CPP_FILES = $(shell find csrc tests/cpp tests/fuzz benchmarks -name '*.cc' -o -name '*.h' -o -name '*.cu')
 PY_DIRS = $(wildcard setup.py offload tests examples benchmarks)
 TYPED_DIRS = $(wildcard offload examples benchmarks)
 # High-entropy address layouts break some ThreadSanitizer versions ("unexpected memory mapping").

@@ -333,8 +333,8 @@ class RuntimeContext:
         sync_masters(self, unit)
         whole = len(segments) == len(unit.trainable)
         state, grads = self.state_of(unit).of(layout, whole=whole), self.gradients.slab(unit)
-        # Operators that another thread runs on the parameters must not lose them: they stay attached,
-        # and the update is done at once. Some of the new values may be seen there.
+        # Operators that another thread runs on the parameters must not lose them: they stay
+        # attached, and the update is done at once. Some of the new values may be seen there.
         held_elsewhere = unit.attached and self.scopes.others_hold(unit)
         if not held_elsewhere:
             self.detach(unit)
