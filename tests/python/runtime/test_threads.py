@@ -65,6 +65,51 @@ def test_inference_in_a_second_thread_leaves_training_exact(tmp_path: Path) -> N
     assert report["arena_peak_bytes"] <= report["arena_budget_bytes"]
 
 
+def test_a_step_takes_nothing_from_under_another_thread(tmp_path: Path) -> None:
+    """Its operators see the tensors they were called with; the step is complete all the same."""
+    plain = t.Stack()
+    model = t.wrapped(t.Stack, tmp_path, t.least_budget(t.Stack) + (4 << 20))
+    model.load_state_dict(plain.state_dict())
+    tokens = torch.arange(8).view(1, 8)
+    optimizers = [
+        torch.optim.AdamW(plain.parameters(), lr=1e-2, foreach=False),
+        offload.AdamW(model.parameters(), lr=1e-2),
+    ]
+    for each in (plain, model):
+        each(tokens).square().mean().backward()
+    inside, stepped = threading.Event(), threading.Event()
+    seen: list[tuple[type, int]] = []
+
+    def pause(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        if threading.current_thread() is threading.main_thread():
+            return
+        weight = model.blocks[4].mix.weight
+        seen.append((type(weight), weight.data_ptr()))
+        inside.set()
+        assert stepped.wait(60)
+        seen.append((type(weight), weight.data_ptr()))
+
+    def infer() -> torch.Tensor:
+        with torch.no_grad():
+            logits: torch.Tensor = model(tokens)
+        return logits
+
+    model.blocks[4].mix.register_forward_pre_hook(pause)
+    with ThreadPoolExecutor(1) as pool:
+        inference = pool.submit(infer)
+        assert inside.wait(60)
+        for optimizer in optimizers:
+            optimizer.step()
+        ours = model.blocks[4].mix.weight.detach().clone()
+        stepped.set()
+        assert torch.isfinite(inference.result()).all()
+    assert seen[0] == seen[1]
+    assert seen[0][0] is nn.Parameter
+    assert torch.equal(ours, plain.blocks[4].mix.weight)
+    for (name, a), b in zip(plain.state_dict().items(), model.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
 class Tokens(Dataset[torch.Tensor]):
     def __len__(self) -> int:
         return 12
