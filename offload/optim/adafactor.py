@@ -120,7 +120,7 @@ class Adafactor(OffloadOptimizer):
             kept.begin(master, kept.flat(stepped))
         torch.autograd.graph.increment_version(param)
         if master is not None and kept.owner is not None:
-            kept.owner.context.note_update(kept.owner.unit)
+            kept.owner.context.pointers.note_update(kept.owner.unit)
 
     def _take_torch_step(self, update: Update, stepped: torch.Tensor, grad: torch.Tensor) -> None:
         """Take torch's own step on `stepped`, the parameter or its master."""

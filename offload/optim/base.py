@@ -17,13 +17,13 @@ from typing import Any, ClassVar, overload
 
 import torch
 from torch.optim import Optimizer
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from offload import _native
 from offload.errors import OffloadError, UnsupportedError
 from offload.optim.amp_scaling import Scaling
 from offload.optim.backward_step import BackwardSteps, end_backward_step, spend
 from offload.optim.begin_state import begin_state, provide_state
+from offload.optim.checks import describe, is_ready, is_supported, refused_gradient
 from offload.optim.memory_update import MemoryUpdater
 from offload.optim.param_state import (
     MemoryState,
@@ -41,7 +41,7 @@ from offload.policy import Policy
 from offload.tiers.spent_grad import SpentGrad
 from offload.tiers.state_home import StateHome, page_bytes
 from offload.tiers.state_layout import PARAM_DTYPES, STATE_FORMATS, StateFormat, StateLayout
-from offload.tiers.unit import SpilledParameter, owner_of
+from offload.tiers.unit import owner_of
 
 Params = Iterable[torch.Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, torch.Tensor]]
 Group = dict[str, Any]
@@ -158,11 +158,11 @@ class OffloadOptimizer(Optimizer):
             self.check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
         for param in self.param_groups[-1]["params"]:
-            if not _is_supported(param):
+            if not is_supported(param):
                 self.param_groups.pop()
                 raise UnsupportedError(
                     f"{self._name} updates dense float32, bfloat16 and float16 parameters on the "
-                    f"CPU; got {_describe(param)}"
+                    f"CPU; got {describe(param)}"
                 )
         if self._backward is not None:
             self._backward.watch(self.param_groups[-1]["params"])
@@ -229,7 +229,7 @@ class OffloadOptimizer(Optimizer):
         spend([update.kept for update in updates])
 
     def _update(self, updates: list[Update], at_once: bool = False) -> None:
-        self._begin([update for update in updates if not _is_ready(update)])
+        self._begin([update for update in updates if not is_ready(update)])
         self._count(updates)
         self._run(updates, at_once)
 
@@ -252,7 +252,7 @@ class OffloadOptimizer(Optimizer):
             if only is not None and param not in only:
                 continue
             if grad.layout is not torch.strided or grad.dtype is not param.dtype:
-                raise self._refused(param, grad)
+                raise refused_gradient(self._name, param, grad)
             kept = self._state_of(param, number)
             if isinstance(kept, UnitState):
                 kept.run.check(kept.tenant)
@@ -260,17 +260,6 @@ class OffloadOptimizer(Optimizer):
                 kept.owner.context.gradients.set(kept.owner, grad)  # which is refused
             updates.append(Update(kept, self._layout(names, param.dtype), index, grad))
         return updates
-
-    def _refused(self, param: torch.Tensor, grad: torch.Tensor) -> UnsupportedError:
-        if grad.layout is not torch.strided:
-            return UnsupportedError(
-                f"{self._name} does not support sparse gradients; use sparse=False in the "
-                "embedding, or torch.optim.SparseAdam"
-            )
-        return UnsupportedError(
-            f"{self._name}: a {param.dtype} parameter of shape {tuple(param.shape)} has a gradient "
-            f"of {grad.dtype}; expected the same type"
-        )
 
     def _layout(self, names: tuple[str, ...], dtype: torch.dtype) -> StateLayout:
         layout = self._layouts.get((names, dtype))
@@ -410,25 +399,3 @@ class OffloadOptimizer(Optimizer):
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
-
-
-def _is_ready(update: Update) -> bool:
-    kept = update.kept
-    if kept.layout is not update.layout:
-        return False
-    return not isinstance(kept, MemoryState) or kept.is_bound()
-
-
-def _is_supported(param: torch.Tensor) -> bool:
-    return (
-        param.dtype in PARAM_DTYPES
-        and param.device.type == "cpu"
-        and param.layout is torch.strided
-        and (isinstance(param, SpilledParameter) or not is_traceable_wrapper_subclass(param))
-    )
-
-
-def _describe(param: torch.Tensor) -> str:
-    kind = "" if type(param) in (torch.Tensor, torch.nn.Parameter) else f"{type(param).__name__}, "
-    shape = tuple(param.shape)
-    return f"one of {param.dtype} on {param.device} with shape {shape} ({kind}{param.layout})"

@@ -106,9 +106,9 @@ class UnitsHeld(AbstractContextManager[None]):
             replaced = [name for unit in self._units for name in _misshaped(context, unit)]
             for unit in self._units:
                 context.attach(unit)
-                context.note_changes(unit)
-                if not context.stays(unit):
-                    context.keep_changes(unit)  # .data is not watched
+                context.pointers.note_changes(unit)
+                if not context.pointers.stays(unit):
+                    context.pointers.keep_changes(unit)  # .data is not watched
                 context.let_go(unit)
             for unit in self._units:
                 refresh_masters(context, unit)
@@ -130,5 +130,5 @@ def _misshaped(context: RuntimeContext, unit: Unit) -> list[str]:
         if (param.param.shape, param.param.dtype) != (param.shape, param.dtype)
     ]
     for param in wrong:
-        context.point(param)
+        context.pointers.point(param)
     return [param.name for param in wrong]

@@ -141,7 +141,7 @@ class SavedTensorHooks:
     def _reference(self, tensor: torch.Tensor) -> _SlabReference | None:
         if tensor.layout is not torch.strided or type(tensor) not in _PLAIN:
             return None
-        param = self._context.by_pointer.get(tensor.untyped_storage().data_ptr())
+        param = self._context.pointers.by_address.get(tensor.untyped_storage().data_ptr())
         if param is None:
             return None
         return _SlabReference(
@@ -185,7 +185,7 @@ class SavedTensorHooks:
                 )
             context.gradients.begin_backward(unit)
             context.load_for_compute(unit)
-            whole = context.view(reference.param)
+            whole = context.pointers.view(reference.param)
             if whole.dtype is not reference.dtype:
                 whole = whole.view(reference.dtype)
             return whole.as_strided(reference.shape, reference.stride, reference.offset)

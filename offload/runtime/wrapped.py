@@ -169,7 +169,7 @@ class WrappedModel:
                 copies = masters_of(self.context, unit.params)
             else:
                 with self.context.held(unit):
-                    self.context.note_changes(unit)
+                    self.context.pointers.note_changes(unit)
                     copies = [param.view(unit.param_slab).clone() for param in unit.params]
             for param, copy in zip(unit.params, copies, strict=True):
                 if type(param.param) is SpilledParameter:

@@ -24,7 +24,7 @@ def sync_masters(context: RuntimeContext, unit: Unit) -> None:
     """Have the fp32 copies follow what was written to the unit's parameters since they last did."""
     context.settle(unit)
     if unit.attached:
-        context.note_changes(unit)
+        context.pointers.note_changes(unit)
     if unit.holders or unit.written:
         refresh_masters(context, unit)
 
@@ -33,7 +33,7 @@ def masters_of(context: RuntimeContext, params: Sequence[OffloadedParam]) -> lis
     """Return copies of the masters of `params`, all narrowed and of one unit, as they are now."""
     unit = params[0].unit
     sync_masters(context, unit)
-    if context.stays(unit):  # it stays attached, and writes to .data are not seen
+    if context.pointers.stays(unit):  # it stays attached, and writes to .data are not seen
         for param in params:
             _refresh(context, unit, param)
     return [read_master(context, param) for param in params]

@@ -15,8 +15,6 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 
-import torch
-
 from offload import _native
 from offload.errors import OffloadError
 from offload.planner import Plan
@@ -27,6 +25,7 @@ from offload.tiers.device_tier import DeviceTier
 from offload.tiers.gradients import Gradients
 from offload.tiers.masters import seed_masters
 from offload.tiers.mover import Mover
+from offload.tiers.pointers import Pointers
 from offload.tiers.prefetcher import Prefetcher
 from offload.tiers.scopes import ForwardScopes
 from offload.tiers.slab import Slab
@@ -34,7 +33,7 @@ from offload.tiers.state_home import StateHome
 from offload.tiers.state_layout import StateLayout
 from offload.tiers.state_slabs import StateSlabs, operand
 from offload.tiers.swap_space import SwapSpace
-from offload.tiers.unit import OffloadedParam, SpilledParameter, Unit
+from offload.tiers.unit import SpilledParameter, Unit
 from offload.tiers.updates import Updates
 from offload.tiers.weight_files import WeightFiles, note_origin, origins_of, take_from_file
 from offload.trace import Phase, Use
@@ -46,6 +45,7 @@ class RuntimeContext:
     Attributes:
         scopes: the modules that are in forward at the moment, and the units they hold.
         gradients: of its units.
+        pointers: where their parameters' ``.data`` is.
         device: where the units are computed with; None: in host memory.
         space: the swap space that its slabs on disk live in; None: nothing spills.
         state_home: StateHome.of_context() makes it.
@@ -88,8 +88,7 @@ class RuntimeContext:
         self.units: list[Unit] = []
         self.gradients = Gradients(self)
         self.scopes = ForwardScopes()
-        self.by_pointer: dict[int, OffloadedParam] = {}
-        """Attached parameters by the address of their memory."""
+        self.pointers = Pointers(mover, device)
         self.reading_out = False
         self.saved_hooks: Callable[[], AbstractContextManager[None]] = nullcontext
         self.closed = False
@@ -124,11 +123,11 @@ class RuntimeContext:
             note_origin(param.param, None)
             param.take_over()
             if self.device is None:
-                self.point(param)
+                self.pointers.point(param)
             else:
-                self._hide(param)
+                self.pointers.blank(param)
         unit.attached = self.device is None
-        self._note_version(unit)
+        self.pointers.note_version(unit)
         if not placement.pin_params:
             self.detach(unit)
             self.mover.write_back(unit.param_slab)
@@ -175,12 +174,12 @@ class RuntimeContext:
         if unit.attached and not unit.updating:
             return
         self.load_for_compute(unit)
-        start = self._start_of(unit)
+        start = self.pointers.start_of(unit)
         for param in unit.params:  # not those that are right: another thread may compute with them
             if not unit.attached or param.param.data_ptr() != param.address(start):
-                self.point(param)
+                self.pointers.point(param)
         unit.attached = True
-        self._note_version(unit)
+        self.pointers.note_version(unit)
 
     def load(self, unit: Unit) -> None:
         """Have the current bytes of the unit's parameters in their slab's memory."""
@@ -193,33 +192,16 @@ class RuntimeContext:
         if self.device is not None:
             self.device.fetch(unit.param_slab)
 
-    def view(self, param: OffloadedParam) -> torch.Tensor:
-        """Return the bytes of a parameter that is loaded for the compute."""
-        if self.device is None:
-            return param.view(param.unit.param_slab)
-        copy = self.device.fetch(param.unit.param_slab)
-        return copy.view(param.offset, param.shape, param.stride, param.dtype)
-
-    def stays(self, unit: Unit) -> bool:
-        """Whether the unit is attached for good."""
-        return self.device is None and unit.param_slab.pinned
-
     def detach(self, unit: Unit) -> None:
         """Make the unit's parameters placeholders again; the slab stays as it is."""
         if not unit.attached:
             return
-        self.note_changes(unit)
+        self.pointers.note_changes(unit)
         for param in unit.params:
             if type(param.param) is SpilledParameter:
                 continue  # Ctrl-C ended an earlier detach here
-            self.by_pointer.pop(param.param.data_ptr(), None)
-            self._hide(param)
+            self.pointers.hide(param)
         unit.attached = False
-
-    @staticmethod
-    def _hide(param: OffloadedParam) -> None:
-        param.param.data = param.placeholder
-        param.param.__class__ = SpilledParameter
 
     def acquire(self, unit: Unit, phase: Phase) -> None:
         """Attach `unit` for a use in forward and hold it until release()."""
@@ -248,61 +230,11 @@ class RuntimeContext:
 
     def rest(self, unit: Unit) -> None:
         """Nobody holds the unit any more, perhaps: leave it ready for eviction."""
-        if unit.forward_locks or unit.holders or unit.updating or self.stays(unit):
+        if unit.forward_locks or unit.holders or unit.updating or self.pointers.stays(unit):
             return
         self.detach(unit)
         if not unit.in_backward and not unit.param_slab.pinned:
             self.mover.write_back(unit.param_slab)
-
-    def point(self, param: OffloadedParam) -> None:
-        """Let the parameter, which is loaded for the compute, be its bytes there."""
-        view = self.view(param)
-        if type(param.param) is SpilledParameter:
-            param.param.__class__ = torch.nn.Parameter  # type: ignore[assignment]
-        param.param.data = view
-        if param.numel:  # one without elements lies nowhere
-            self.by_pointer[view.data_ptr()] = param
-
-    def _note_version(self, unit: Unit) -> None:
-        unit.seen_version = sum(p.param._version for p in unit.params)
-
-    def note_changes(self, unit: Unit) -> None:
-        """See whether the user changed the parameters, which are attached, and keep what is new."""
-        version = sum(p.param._version for p in unit.params)
-        start = self._start_of(unit)
-        replaced = [
-            p
-            for p in unit.params
-            if type(p.param) is not SpilledParameter
-            and p.param.data_ptr() not in (p.address(start), p.placeholder.data_ptr())
-        ]
-        for param in replaced:  # by assigning to .data
-            self.view(param).copy_(param.param.data)
-            self.point(param)
-        if replaced or version != unit.seen_version:
-            unit.seen_version = version
-            unit.version += 1
-            unit.written = True
-            self.keep_changes(unit)
-
-    def keep_changes(self, unit: Unit) -> None:
-        """The unit's parameters, which are attached, were changed: what was there is not theirs."""
-        if self.device is not None:
-            self.device.pull(unit.param_slab)
-        self.mover.mark_dirty(unit.param_slab)
-
-    def _start_of(self, unit: Unit) -> int:
-        """Return the address of the parameters of `unit`, which is attached."""
-        copy = None if self.device is None else self.device.copy_of(unit.param_slab)
-        return unit.param_slab.address if copy is None else copy.lease.address
-
-    def note_update(self, unit: Unit) -> None:
-        """Take note of a step that changed parameters in memory, and their fp32 copies alike.
-
-        The copies had followed what was written before.
-        """
-        self.note_changes(unit)
-        unit.written = False
 
     # -- updates --------------------------------------------------------------------------------
 
@@ -313,7 +245,7 @@ class RuntimeContext:
     def end_resident_update(self, unit: Unit) -> None:
         """The unit's parameters were updated in place."""
         unit.version += 1
-        self._note_version(unit)
+        self.pointers.note_version(unit)
 
     def begin_update(
         self,

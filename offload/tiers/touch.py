@@ -156,7 +156,7 @@ def _fetched(
         with _all_held(context, units), context.saved_hooks():
             return func(*tree_map(_real, args), **tree_map(_real, kwargs))
     names = ", ".join(param.name for param in params)
-    stays = all(context.stays(unit) for unit in units)
+    stays = all(context.pointers.stays(unit) for unit in units)
     if func == _SET_DATA or (func in _NEEDS_MEMORY and not stays):
         raise _refused(func, names)
     by_value = context.reading_out and not params[0].is_narrowed  # of that one the master is read
@@ -210,7 +210,7 @@ def _own_memory(
     """
     if not isinstance(value, torch.Tensor) or isinstance(value, torch.nn.Parameter):
         return value
-    if value.untyped_storage().data_ptr() not in context.by_pointer:
+    if value.untyped_storage().data_ptr() not in context.pointers.by_address:
         return value
     if context.reading_out:
         return value.detach().clone()

@@ -1,0 +1,96 @@
+"""Pointers: what the parameters' ``.data`` is, and whether somebody wrote to it."""
+
+from __future__ import annotations
+
+import torch
+
+from offload.tiers.device_tier import DeviceTier
+from offload.tiers.mover import Mover
+from offload.tiers.unit import OffloadedParam, SpilledParameter, Unit
+
+
+class Pointers:
+    """Points parameters at the bytes of their units, where the compute uses them, and away again.
+
+    Attributes:
+        by_address: attached parameters by the address of their memory.
+    """
+
+    def __init__(self, mover: Mover, device: DeviceTier | None) -> None:
+        """The compute uses the slabs of `mover`, or copies of them on `device`."""
+        self._mover = mover
+        self._device = device
+        self.by_address: dict[int, OffloadedParam] = {}
+
+    def view(self, param: OffloadedParam) -> torch.Tensor:
+        """Return the bytes of a parameter that is loaded for the compute."""
+        if self._device is None:
+            return param.view(param.unit.param_slab)
+        copy = self._device.fetch(param.unit.param_slab)
+        return copy.view(param.offset, param.shape, param.stride, param.dtype)
+
+    def stays(self, unit: Unit) -> bool:
+        """Whether the unit is attached for good."""
+        return self._device is None and unit.param_slab.pinned
+
+    def point(self, param: OffloadedParam) -> None:
+        """Let the parameter, which is loaded for the compute, be its bytes there."""
+        view = self.view(param)
+        if type(param.param) is SpilledParameter:
+            param.param.__class__ = torch.nn.Parameter  # type: ignore[assignment]
+        param.param.data = view
+        if param.numel:  # one without elements lies nowhere
+            self.by_address[view.data_ptr()] = param
+
+    def hide(self, param: OffloadedParam) -> None:
+        """Make the attached parameter a placeholder."""
+        self.by_address.pop(param.param.data_ptr(), None)
+        self.blank(param)
+
+    @staticmethod
+    def blank(param: OffloadedParam) -> None:
+        """Make a parameter a placeholder that was never attached."""
+        param.param.data = param.placeholder
+        param.param.__class__ = SpilledParameter
+
+    def note_version(self, unit: Unit) -> None:
+        """Take what the parameters, which are attached, hold now for unchanged."""
+        unit.seen_version = sum(p.param._version for p in unit.params)
+
+    def note_changes(self, unit: Unit) -> None:
+        """See whether the user changed the parameters, which are attached, and keep what is new."""
+        version = sum(p.param._version for p in unit.params)
+        start = self.start_of(unit)
+        replaced = [
+            p
+            for p in unit.params
+            if type(p.param) is not SpilledParameter
+            and p.param.data_ptr() not in (p.address(start), p.placeholder.data_ptr())
+        ]
+        for param in replaced:  # by assigning to .data
+            self.view(param).copy_(param.param.data)
+            self.point(param)
+        if replaced or version != unit.seen_version:
+            unit.seen_version = version
+            unit.version += 1
+            unit.written = True
+            self.keep_changes(unit)
+
+    def keep_changes(self, unit: Unit) -> None:
+        """The unit's parameters, which are attached, were changed: what was there is not theirs."""
+        if self._device is not None:
+            self._device.pull(unit.param_slab)
+        self._mover.mark_dirty(unit.param_slab)
+
+    def start_of(self, unit: Unit) -> int:
+        """Return the address of the parameters of `unit`, which is attached."""
+        copy = None if self._device is None else self._device.copy_of(unit.param_slab)
+        return unit.param_slab.address if copy is None else copy.lease.address
+
+    def note_update(self, unit: Unit) -> None:
+        """Take note of a step that changed parameters in memory, and their fp32 copies alike.
+
+        The copies had followed what was written before.
+        """
+        self.note_changes(unit)
+        unit.written = False
