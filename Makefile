@@ -51,21 +51,22 @@ build: $(VENV)/.stamp-install
 
 test: cpp-test py-test lint
 
-# $(call cpp_build,FOLDER,SANITIZERS,WITH_PYTHON): configure and compile the C++ tests.
+# $(call cpp_build,FOLDER,SANITIZERS,WITH_PYTHON,CUDA): configure and compile the C++ tests.
 cpp_build = \
   $(BIN)/cmake -S . -B build/$(1) -G Ninja --no-warn-unused-cli \
     -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
     -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS_DEBUG=-O1 -DOFFLOAD_WERROR=ON \
     -DOFFLOAD_SANITIZE=$(2) -DOFFLOAD_BUILD_TESTS=ON -DOFFLOAD_BUILD_PYTHON=$(3) \
+    -DOFFLOAD_CUDA=$(4) \
     -DPython_EXECUTABLE=$(abspath $(BIN)/python) \
     -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir) && \
   $(BIN)/cmake --build build/$(1)
 
-# The extension is compiled here as well, so that its warnings are errors too.
+# The extension is compiled here as well, so that its warnings are errors too; and all without CUDA.
 cpp-test: $(VENV)/.stamp-run
-	$(call cpp_build,asan,"address$(comma)undefined",ON)
+	$(call cpp_build,asan,"address$(comma)undefined",ON,AUTO)
 	build/asan/offload_tests
-	$(call cpp_build,tsan,thread,OFF)
+	$(call cpp_build,tsan,thread,OFF,OFF)
 	$(NO_ASLR) build/tsan/offload_tests
 
 comma := ,
