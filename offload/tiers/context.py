@@ -270,8 +270,8 @@ class RuntimeContext:
         held_elsewhere = unit.attached and self.scopes.others_hold(unit)
         if not held_elsewhere:
             self.detach(unit)
-        if self.device is not None:
-            self.device.forget(unit.param_slab)
+            if self.device is not None:
+                self.device.forget(unit.param_slab)
 
         def prepare(params: _native.UpdateOperand) -> partial[_native.Transfer]:
             rest = [operand(slab) for slab in state]
@@ -293,7 +293,8 @@ class RuntimeContext:
         self.updates.put_off(unit, [unit.param_slab, grads, *state], prepare)
         unit.version += 1
         if held_elsewhere:
-            self.settle(unit)
+            self.load(unit)
+            self.pointers.renew(unit)
 
     def end_step(self) -> None:
         """All updates of a step were begun: run them, or let them run as they are needed."""

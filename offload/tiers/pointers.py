@@ -42,6 +42,12 @@ class Pointers:
         if param.numel:  # one without elements lies nowhere
             self.by_address[view.data_ptr()] = param
 
+    def renew(self, unit: Unit) -> None:
+        """The slab of the unit, which is attached and loaded, has new values: show them."""
+        if self._device is not None:
+            for param in unit.params:
+                self.view(param).copy_(param.view(unit.param_slab))
+
     def hide(self, param: OffloadedParam) -> None:
         """Make the attached parameter a placeholder."""
         self.by_address.pop(param.param.data_ptr(), None)
