@@ -144,24 +144,27 @@ class DeviceTier:
     # -- to the host ------------------------------------------------------------------------------
 
     def pull(self, slab: Slab) -> None:
-        """Have the host slab, which is in memory, hold what the compute has made of its copy."""
+        """Have the slab, and its place on disk, hold what the compute has made of a copy.
+
+        Waits for it: tensors on the copy are in use, and may be changed again.
+        """
         copy = self._copies.get(slab)
-        if copy is None or slab.lease is None:
+        if copy is None:
             raise OffloadError(f"{slab.name} is not on the device (internal error)")
+        self._send(slab, copy, to_disk=True)
         self._mover.settle(slab)
-        computed = self.device.record("compute")
-        copied = self._transfers.spill(copy.lease, slab.lease, slab.nbytes, after=computed)
-        self._mover.wait(copied, slab.kind)
-        self.device.use_host(slab.lease, "write", slab.name)
-        self._mover.mark_dirty(slab)
 
     def spill(self, slab: Slab, to_disk: bool) -> None:
         """Send a copy that is ahead home, to the slab's place on disk too, and give it up."""
         copy = self._copies.get(slab)
-        if copy is None or not copy.ahead:
-            return
+        if copy is not None and copy.ahead:
+            self._send(slab, copy, to_disk)
+            self._copies.pop(slab, None)
+
+    def _send(self, slab: Slab, copy: DeviceCopy, to_disk: bool) -> None:
+        """Start copying to the slab, and on from there; nothing waits for it here."""
         computed = self.device.record("compute")
-        on_disk = to_disk and not slab.pinned
+        on_disk = to_disk and slab.swap_object is not None
         store, swap_object = (self._mover.store, slab.swap_object) if on_disk else (None, None)
 
         def start(via: _native.Lease) -> partial[_native.DeviceTransfer]:
@@ -176,7 +179,6 @@ class DeviceTier:
             )
 
         self._mover.receive(slab, start, on_disk)
-        self._copies.pop(slab, None)
 
     # -- changes of the host slab -----------------------------------------------------------------
 

@@ -75,7 +75,8 @@ class Gradients:
         if state is None and self._context.device is None:
             self.set(param, new)
         elif state is None:
-            self._begin_on_device(param).copy_(new)
+            self._check_trainable(param)
+            self._on_device(param).copy_(new)
             param.param.grad = GradHandle(GradState(param))
         else:
             param.param.grad = GradHandle(state)
@@ -96,13 +97,11 @@ class Gradients:
         state.factors.clear()
         state.norms.clear()
 
-    def _begin_on_device(self, param: OffloadedParam) -> torch.Tensor:
-        """Return the part of `param` in the device's copy of the gradients, to be filled."""
-        self._check_trainable(param)
-        return self._on_device(param)
-
     def _on_device(self, param: OffloadedParam) -> torch.Tensor:
-        """Return that part, to be changed; what the slab holds of others is kept."""
+        """Return its part of the device's copy of the gradients, to be changed.
+
+        What the slab holds of others is kept.
+        """
         slab, device = self.slab(param.unit), self._context.device
         if device is None:
             raise OffloadError(f"{slab.name}: there is no device (internal error)")

@@ -77,16 +77,17 @@ class Pointers:
             self.view(param).copy_(param.param.data)
             self.point(param)
         if replaced or version != unit.seen_version:
+            self.keep_changes(unit)  # first: Ctrl-C there leaves them to be seen again
             unit.seen_version = version
             unit.version += 1
             unit.written = True
-            self.keep_changes(unit)
 
     def keep_changes(self, unit: Unit) -> None:
         """The unit's parameters, which are attached, were changed: what was there is not theirs."""
         if self._device is not None:
             self._device.pull(unit.param_slab)
-        self._mover.mark_dirty(unit.param_slab)
+        else:
+            self._mover.mark_dirty(unit.param_slab)
 
     def start_of(self, unit: Unit) -> int:
         """Return the address of the parameters of `unit`, which is attached."""

@@ -15,7 +15,7 @@ from offload.tiers.slab import Residency
 from offload.tiers.unit import SpilledParameter, owner_of
 
 TRACED = {Mover._start.__code__, Mover._note_started.__code__}
-LINES = 24
+LINES = 60
 """More than a write and a read execute of them."""
 
 
