@@ -1,18 +1,22 @@
 """The swap store against fio and DeepSpeed's async_io: bytes per second and CPU time per byte.
 
-Reads, writes and the optimizer pipeline's mix of both, all contestants on the same 4 GiB (the
-store's unnamed file), all O_DIRECT, taking turns in an order that rotates. The mix is four reads
-for three writes; beside it, without a bar, is the pipeline itself, which updates what it moves. fio
-runs at the store's block size and depth (1 MiB, 16), with the engine and buffers that trials before
-each comparison found fastest; the settings of DeepSpeed's handle and the size of its tensors are
-chosen likewise.
+Reads, writes and the optimizer pipeline's mix of both, all O_DIRECT, taking turns in an order that
+rotates: the store on its own unnamed file, the peers on that of another store. The mix is four
+reads for three writes; beside it, without a bar, is the pipeline itself, which updates what it
+moves. fio runs at the store's block size and depth (1 MiB, 16), with the engine and buffers that
+trials before each comparison found fastest; the settings of DeepSpeed's handle and the size of its
+tensors are chosen likewise.
+
+What is to be measured is a disk, which training state is larger than any cache of: O_DIRECT passes
+by this machine's page cache, but under a virtual machine the host has one. So the two files are of
+16 GiB each, and every measurement goes on where its contestant's last one ended.
 
 How fast a disk is can depend on how much memory the transfers rotate over: under a virtual machine
 the host copies, and what was used a moment ago is in its cache. fio's buffers are depth x block,
 16 MiB, and cannot be more; the store's are --buffers, 24 MiB, so that like is compared with like. A
 training run rotates over more: --buffers 192 measures that.
 
-    python benchmarks/io.py                       # about 8 minutes
+    python benchmarks/io.py                       # about 8 minutes, 33 GB of disk
     python benchmarks/io.py --only read --swap-dir /mnt/nvme
     python benchmarks/io.py --peer-venv VENV      # with DeepSpeed
 
@@ -32,7 +36,6 @@ import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +73,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--only", choices=WORKLOADS, help="one of the comparisons")
     add("--rounds", type=int, default=11, help="turns of each contestant")
     add("--seconds", type=float, default=2.0, help="length of a measurement")
-    add("--size", type=int, default=4096, metavar="MIB", help="of the file")
+    add("--size", type=int, default=16384, metavar="MIB", help="of each file")
     add("--buffers", type=int, default=24, metavar="MIB", help="of the store's reads and writes")
     add("--swap-dir", metavar="PATH", default=tempfile.gettempdir())
     add("--peer-venv", metavar="PATH", help="virtual environment with DeepSpeed")
@@ -145,9 +148,7 @@ def deepspeed(worker: Worker, quick: bool) -> Contestant:
     return Contestant("deepspeed", settings, measured_by(worker), describe)
 
 
-def choose(
-    contestant: Contestant, workload: str, seconds: float, write_all: Callable[[], object]
-) -> list[Measurement]:
+def choose(contestant: Contestant, workload: str, seconds: float) -> list[Measurement]:
     """Tries the contestant's settings, twice each, and takes the one that was once the fastest.
 
     Settings that the peer refuses are told and left out.
@@ -158,7 +159,6 @@ def choose(
         return []
     best: list[tuple[Measurement, Any]] = []
     for setting in [*tried, *reversed(tried)]:
-        write_all()
         try:
             best.append((contestant.measure(workload, seconds, setting), setting))
         except FioError as error:
@@ -174,23 +174,15 @@ def choose(
 
 
 def compare(
-    workload: str,
-    contestants: Sequence[Contestant],
-    write_all: Callable[[], object],
-    options: argparse.Namespace,
+    workload: str, contestants: Sequence[Contestant], options: argparse.Namespace
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """(one row per round, one row per contestant) of one workload.
-
-    The store's checksums no longer hold for what a peer wrote, so the file is written anew for it.
-    How fast a disk is depends on what it was just given to do: so it is for the others too.
-    """
+    """(one row per round, one row per contestant) of one workload."""
     contestants = [c for c in contestants if workload in c.settings]
-    trials = [m for c in contestants for m in choose(c, workload, options.seconds / 4, write_all)]
+    trials = [m for c in contestants for m in choose(c, workload, options.seconds / 4)]
     rounds: list[dict[str, Any]] = []
     for number in range(options.rounds):
         first = number % len(contestants)
         for contestant in [*contestants[first:], *contestants[:first]]:
-            write_all()
             contestant.found.append(
                 contestant.measure(workload, options.seconds, contestant.chosen)
             )
@@ -263,7 +255,6 @@ def main() -> int:
             return stack.enter_context(Worker(python, module, log, settings, env))
 
         ours = start(sys.executable, "io_peers.swap_store", {})
-        # Everyone on one file: how fast a disk is depends on where on it one is.
         settings["file"] = ours.about["file"]
         contestants = [swap_store(ours), update_pipeline(ours)]
         try:
@@ -276,9 +267,7 @@ def main() -> int:
             worker = start(peer[0], "io_peers.deepspeed_aio", peer[1])
             contestants.append(deepspeed(worker, options.quick))
         for workload in WORKLOADS if options.only is None else (options.only,):
-            turns, lines = compare(
-                workload, contestants, partial(ours.ask, {"workload": "write all"}), options
-            )
+            turns, lines = compare(workload, contestants, options)
             rounds += turns
             summaries += lines
             if peer is None:

@@ -27,7 +27,7 @@ WRITTEN = 3
 
 
 class AioLoad:
-    """The first `size` bytes of `file`, written by DeepSpeed; measure() loads them."""
+    """DeepSpeed on the first `size` bytes of `file`; measure() goes on where the last one ended."""
 
     def __init__(self, file: str, size: int) -> None:
         builder = importlib.import_module("deepspeed.ops.op_builder").AsyncIOBuilder()
@@ -37,6 +37,7 @@ class AioLoad:
         self._handles: dict[tuple[bool, int], list[Any]] = {}
         self._read = 0
         self._written = 0
+        self._position = 0  # bytes
         first = self._pair(True, 1)[0]
         self._buffers = [
             [first.new_cpu_locked_tensor(LARGEST // 4, torch.empty(0)) for _ in range(GROUP)]
@@ -45,11 +46,11 @@ class AioLoad:
         self._use(LARGEST)
         for tensor in self._sets[0]:
             tensor.copy_(torch.rand(tensor.numel()))
-        for start in range(0, size // LARGEST, GROUP):
-            self._start(first.async_pwrite, self._sets[0], start)
+        for transfer, tensors in zip(
+            (first.async_pwrite, first.async_pread), self._sets, strict=False
+        ):
+            self._start(transfer, tensors, 0)
             self._wait(first, GROUP)
-        self._start(first.async_pread, self._sets[1], size // LARGEST - GROUP)
-        self._wait(first, GROUP)
         if not all(map(torch.equal, self._sets[0], self._sets[1])):
             raise SystemExit("DeepSpeed read other bytes than it wrote")
 
@@ -61,6 +62,7 @@ class AioLoad:
     def measure(self, request: Json) -> Measurement:
         """One measurement of request["workload"] with handles as the request wants them."""
         self._use(request["tensor_bytes"])
+        self._position = -(-self._position // LARGEST) * LARGEST % self._size
         pair = self._pair(request["overlap_events"], request["intra_op_parallelism"])
         meter = Meter(request["seconds"], lambda: Progress(self._read, self._written))
         if request["workload"] == "mix":
@@ -82,8 +84,9 @@ class AioLoad:
     def _start(
         self, transfer: Callable[..., int], tensors: Iterable[torch.Tensor], first: int
     ) -> None:
-        for number, tensor in enumerate(tensors, start=first):
-            if transfer(tensor, self._path, number * self._nbytes % self._size) != 0:
+        for number, tensor in enumerate(tensors):
+            place = (first + number * self._nbytes) % self._size
+            if transfer(tensor, self._path, place) != 0:
                 raise SystemExit("DeepSpeed refused a transfer")
 
     @staticmethod
@@ -92,13 +95,12 @@ class AioLoad:
             raise SystemExit("DeepSpeed ended another number of transfers than were started")
 
     def _move_groups(self, meter: Meter, reading: bool, handles: list[Any]) -> None:
-        position = 0
         in_flight: deque[tuple[Any, list[torch.Tensor]]] = deque()
 
         def start(handle: Any, tensors: list[torch.Tensor]) -> None:
-            nonlocal position
-            self._start(handle.async_pread if reading else handle.async_pwrite, tensors, position)
-            position += GROUP
+            transfer = handle.async_pread if reading else handle.async_pwrite
+            self._start(transfer, tensors, self._position)
+            self._position += GROUP * self._nbytes
             in_flight.append((handle, tensors))
 
         for handle, tensors in zip(handles, self._sets, strict=False):
@@ -114,17 +116,19 @@ class AioLoad:
                 start(handle, tensors)
 
     def _swap_units(self, meter: Meter, reader: Any, writer: Any) -> None:
-        self._start(reader.async_pread, self._sets[0], 0)
+        group = GROUP * self._nbytes
+        self._start(reader.async_pread, self._sets[0], self._position)
         unit, writing, running = 0, False, True
         while running:
             self._wait(reader, GROUP)
             self._read += GROUP * self._nbytes
-            self._start(reader.async_pread, self._sets[(unit + 1) % SETS], (unit + 1) * GROUP)
+            self._start(reader.async_pread, self._sets[(unit + 1) % SETS], self._position + group)
             if writing:
                 self._wait(writer, WRITTEN)
                 self._written += WRITTEN * self._nbytes
             running = meter.running()
-            self._start(writer.async_pwrite, self._sets[unit % SETS][:WRITTEN], unit * GROUP)
+            self._start(writer.async_pwrite, self._sets[unit % SETS][:WRITTEN], self._position)
+            self._position += group
             unit, writing = unit + 1, True
         self._wait(reader, GROUP)
         self._wait(writer, WRITTEN)

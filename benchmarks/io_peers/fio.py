@@ -8,7 +8,7 @@ import shutil
 import subprocess
 from dataclasses import dataclass
 
-from io_peers.measurement import MIB, RAMP_SECONDS, Measurement
+from io_peers.measurement import MIB, RAMP_SECONDS, Cursor, Measurement
 
 # Reads in the mix, in percent: an update reads four operands and writes three.
 MIX_READ_PERCENT = 57
@@ -54,11 +54,14 @@ class Fio:
         if program is None:
             raise FioError("fio is not installed")
         self._command = [program, "--name=peer", f"--filename={file}"]
-        self._command += [f"--size={size}", "--direct=1", "--output-format=json"]
+        self._command += ["--direct=1", "--output-format=json"]
+        self._cursor = Cursor(size)
 
     def measure(self, workload: str, seconds: float, config: FioConfig) -> Measurement:
         """Runs `workload` for `seconds` after a ramp. Raises FioError."""
-        how = ["--rw=" + {"read": "read", "write": "write", "mix": "rw"}[workload]]
+        start, room = self._cursor.place
+        how = [f"--offset={start}", f"--size={room}"]
+        how.append("--rw=" + {"read": "read", "write": "write", "mix": "rw"}[workload])
         if workload == "mix":
             how.append(f"--rwmixread={MIX_READ_PERCENT}")
         how += _ENGINES[config.engine]
@@ -68,7 +71,9 @@ class Fio:
         how += [f"--ramp_time={round(1000 * RAMP_SECONDS)}ms"]
         # What costs fio CPU time and is not I/O: statistics, and changing what it writes.
         how += ["--gtod_reduce=1", "--scramble_buffers=0"]
-        return self._run(how, config.memory)
+        found = self._run(how, config.memory)
+        self._cursor.move(found, seconds)
+        return found
 
     def _run(self, how: list[str], memory: str) -> Measurement:
         tunable = f"glibc.malloc.hugetlb={int(memory == 'transparent huge pages')}"

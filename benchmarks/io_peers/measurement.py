@@ -43,6 +43,29 @@ class Measurement:
         return (self.user_seconds + self.system_seconds - self.compute_seconds) / self.nbytes
 
 
+class Cursor:
+    """Where in a file the next measurement starts: behind what the last one moved.
+
+    So nobody reads what was moved a moment ago, which a host's cache may still hold.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._position = 0
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """(bytes from the file's start, bytes from there to its end), whole MiB."""
+        return self._position, self._size - self._position
+
+    def move(self, found: Measurement, seconds: float) -> None:
+        """What `found`, of `seconds`, and its ramp moved lies behind; at the end, begin again."""
+        moved = found.nbytes * (1 + RAMP_SECONDS / seconds)
+        self._position += -(-int(moved) // MIB) * MIB
+        if self._position > self._size * 3 // 4:  # too little is left for a measurement
+            self._position = 0
+
+
 @dataclass(frozen=True)
 class Progress:
     """What a load has done since it was started."""

@@ -4,7 +4,10 @@ Objects of equal size fill the store; four of them are a unit: parameters, gradi
 Transfers go through whole objects in turn, LEASES of them in flight, through as many buffers of an
 object's size: reads, writes, or the mix, which is the four reads and three writes of unit after
 unit. With "update", the mix is what it is for: a real optimizer update of each unit by the
-pipeline, in chunks of a block, which waits for arithmetic too.
+pipeline, in chunks of a block, which waits for arithmetic too. A measurement goes on where the last
+one ended.
+
+The peers get a second store's file, filled likewise, so that what they write is nobody's objects.
 """
 
 from __future__ import annotations
@@ -44,14 +47,11 @@ class StoreLoad:
         if self.store.in_memory or not self.store.direct:
             raise SystemExit(f"{folder}: no O_DIRECT there: {self.store.note}")
         self.nbytes = buffers // LEASES
-        count = size // self.nbytes // 4 * 4
         staging = STAGING_BLOCKS * self.store.block_bytes
         self.arena = _native.HostArena(LEASES * self.nbytes + staging + MIB)
         self.store.add_memory(self.arena)
         self.leases = [self.arena.allocate(self.nbytes) for _ in range(LEASES)]
-        spare = max(LEASES * self.store.footprint(self.nbytes), staging)
-        self.store.reserve(count * self.store.footprint(self.nbytes), spare)
-        self.objects = [self.store.create(self.nbytes) for _ in range(count)]
+        self.spare = max(LEASES * self.store.footprint(self.nbytes), staging)
         self.pipeline = _native.UpdatePipeline(self.store, self.arena, staging, 1)
         generator = torch.Generator().manual_seed(0)
         for lease in self.leases:
@@ -60,26 +60,40 @@ class StoreLoad:
                 generator=generator,
                 out=torch.frombuffer(lease, dtype=torch.float32)[: self.nbytes // 4],
             )
-        self.write_all()
+        mine = self._files()
+        self.peers_store = open_store(folder)
+        self.peers_file = next(iter(self._files() - mine))
+        self.objects, others = (self._created(s, size) for s in (self.store, self.peers_store))
+        self._turn = itertools.cycle(self.objects)
+        self._unit = itertools.cycle(range(0, len(self.objects), 4))
+        # In turns, so that a host still has as much of the one file as of the other.
+        for number, (item, other) in enumerate(zip(self.objects, others, strict=True)):
+            lease = self.leases[number % LEASES]
+            self.store.write(item, lease, self.nbytes).wait()
+            self.peers_store.write(other, lease, self.nbytes).wait()
 
-    def write_all(self) -> None:
-        """Writes every object: peers write to the file too."""
-        for number, item in enumerate(self.objects):
-            self.store.write(item, self.leases[number % LEASES], self.nbytes).wait()
+    def _created(self, store: _native.SwapStore, size: int) -> list[int]:
+        """`size` bytes of objects, not yet written."""
+        count = size // self.nbytes // 4 * 4
+        store.reserve(count * store.footprint(self.nbytes), self.spare)
+        return [store.create(self.nbytes) for _ in range(count)]
 
-    def file(self) -> str:
-        """A path of the unnamed swap file, for as long as this process lives."""
+    def _files(self) -> set[str]:
+        """Paths of the unnamed swap files, for as long as this process lives."""
+        found = set()
         for link in Path("/proc/self/fd").iterdir():
             try:
                 target = link.readlink()
             except FileNotFoundError:  # the descriptor that iterdir() itself used
                 continue
             if target.is_relative_to(self.folder) and str(target).endswith("(deleted)"):
-                return f"/proc/{os.getpid()}/fd/{link.name}"
-        raise SystemExit(f"{self.folder}: the swap file has a name")
+                found.add(f"/proc/{os.getpid()}/fd/{link.name}")
+        if not found:
+            raise SystemExit(f"{self.folder}: the swap file has a name")
+        return found
 
     def measure(self, request: Json) -> Measurement:
-        """One measurement of request["workload"], after a write_all()."""
+        """One measurement of request["workload"]."""
         meter = Meter(request["seconds"], self._progress)
         if request.get("update", False):
             self._update_units(meter)
@@ -93,6 +107,7 @@ class StoreLoad:
         """Ends the pipeline's threads and the store's."""
         self.pipeline.close()
         self.store.close()
+        self.peers_store.close()
 
     def _progress(self) -> Progress:
         stats = self.store.stats()
@@ -102,7 +117,7 @@ class StoreLoad:
     def _transfers(self, workload: str) -> Iterator[Start]:
         """What to start, one after the other, for ever; in the mix every read before its write."""
         read, write = self.store.read, self.store.write
-        objects = itertools.cycle(self.objects)
+        objects = self._turn
         if workload != "mix":
             transfer = read if workload == "read" else write
             return (partial(transfer, item) for item in objects)
@@ -132,14 +147,13 @@ class StoreLoad:
                 in_flight.append((lease, next(transfers)(lease, self.nbytes)))
 
     def _update_units(self, meter: Meter) -> None:
-        units = itertools.cycle(range(0, len(self.objects), 4))
-        in_flight = deque(self._submit_unit(next(units)) for _ in range(JOBS))
+        in_flight = deque(self._submit_unit(next(self._unit)) for _ in range(JOBS))
         running = True
         while in_flight:
             in_flight.popleft().wait()
             running = running and meter.running()
             if running:
-                in_flight.append(self._submit_unit(next(units)))
+                in_flight.append(self._submit_unit(next(self._unit)))
 
     def _submit_unit(self, first: int) -> _native.Transfer:
         hyper = _native.UpdateHyper(
@@ -161,16 +175,10 @@ def _prepare(settings: Json) -> tuple[Json, Answer, Callable[[], None]]:
     about = {
         "config": f"{load.store.engine}, checksums",
         "why": load.store.engine_reason,
-        "file": load.file(),
+        "file": load.peers_file,
     }
 
-    def answer(request: Json) -> Json:
-        if request["workload"] == "write all":
-            load.write_all()
-            return {}
-        return asdict(load.measure(request))
-
-    return about, answer, load.close
+    return about, lambda request: asdict(load.measure(request)), load.close
 
 
 if __name__ == "__main__":
