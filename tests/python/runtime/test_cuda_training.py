@@ -170,6 +170,17 @@ def test_values_written_on_the_device_come_home(tmp_path: Path) -> None:
         assert torch.equal(value, expected[name]), name
 
 
+def test_checkpoints_are_loaded_to_the_device(tmp_path: Path) -> None:
+    save_file = pytest.importorskip("safetensors.torch").save_file
+    torch.manual_seed(1)
+    values = {k: v.clone() for k, v in t.Stack().state_dict().items()}
+    save_file(values, tmp_path / "model.safetensors")
+    model = wrap(tmp_path)
+    offload.load_weights(model, tmp_path)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, values[name]), name
+
+
 def test_the_allocation_is_torchs_and_goes_with_the_model(tmp_path: Path) -> None:
     gc.collect()
     before = torch.cuda.memory_allocated(CUDA)
