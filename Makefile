@@ -2,6 +2,7 @@
 #   make demo ARGS="…"    train a GPT larger than memory; ARGS go to examples/train_gpt.py
 #   make test             everything CI checks
 #   make device-test      models and optimizers once more, on the simulated device
+#   make gpu-test OUT=…   on a machine with a GPU: tests, sanitizers and benchmarks, logs in OUT
 #   make bench ARGS="…"   every benchmark; ARGS="--quick" for a short look
 #   make fuzz             libFuzzer on the parsers of on-disk bytes, FUZZ_SECONDS=600; needs clang
 
@@ -18,7 +19,7 @@ NO_ASLR := $(shell setarch $$(uname -m) -R true 2>/dev/null && echo setarch $$(u
 
 # Targets share the venv and two cores are soon full: one at a time, each parallel inside.
 .NOTPARALLEL:
-.PHONY: demo venv build test cpp-test py-test device-test lint format bench fuzz clean
+.PHONY: demo venv build test cpp-test py-test device-test gpu-test lint format bench fuzz clean
 
 demo: build
 	$(BIN)/python examples/train_gpt.py $(ARGS)
@@ -77,6 +78,12 @@ py-test: build $(VENV)/.stamp-dev
 device-test: build $(VENV)/.stamp-dev
 	$(BIN)/python -m pytest --device simulated:latest \
 	  tests/python/runtime tests/python/optim tests/python/parity
+
+# Offline, with the Python and the tools of the machine: see the script.
+OUT ?= build/gpu-test
+
+gpu-test:
+	.ci/gpu --python $(PYTHON) $(OUT)
 
 lint: $(VENV)/.stamp-dev
 	$(BIN)/ruff check $(PY_DIRS)

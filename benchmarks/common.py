@@ -55,7 +55,17 @@ def machine(folder: str) -> dict[str, Any]:
         "disk": {"device": source, "mount": point, "filesystem": filesystem},
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "gpu": _gpu(),
     }
+
+
+def _gpu() -> dict[str, Any] | None:
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    found = torch.cuda.get_device_properties(0)
+    return {"name": found.name, "bytes": found.total_memory, "cuda": torch.version.cuda}
 
 
 def _cpu_model() -> str:

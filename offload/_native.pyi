@@ -136,7 +136,14 @@ class Device:
         """Declare to the checker that the host reads or writes the lease now."""
 
     def set_compute_stream(self, handle: int) -> None:
-        """Take a stream of CUDA's for the compute stream, such as torch's current stream."""
+        """Take a stream of CUDA's for the compute stream, such as torch's current stream.
+
+        What is submitted to it from now on starts after all that went to the former one.
+        """
+
+    @property
+    def compute_stream(self) -> int:
+        """The handle that was taken last, at first 0: the default stream."""
 
     def omit_waits(self, why: str) -> None:
         """Leave out the waits of this reason from now on: for tests that each is needed."""
@@ -163,6 +170,8 @@ def simulated_device(
     each copy, "earliest" ends it at once, "latest" not before somebody waits for it.
     """
 
+has_cuda: bool  # whether this build has CUDA
+
 def cuda_device(index: int = 0, *, check: bool = False) -> Device:
     """Return a GPU; raises UnsupportedError where this build or machine has none."""
 
@@ -171,7 +180,7 @@ class DeviceView(Buffer):
     """What tensors on a lease are made from; its use by the compute stream lasts as long as they.
 
     A writable buffer on the simulated device (``torch.frombuffer``), else an object with
-    ``__cuda_array_interface__`` (``torch.as_tensor``): bytes, all of the lease.
+    ``__cuda_array_interface__`` (``torch.as_tensor``): `nbytes` bytes of the lease.
     """
 
     @property
@@ -204,17 +213,32 @@ class DeviceLease:
     def use(self, stream: Stream, access: Access) -> None:
         """Declare to the checker that work submitted to the stream now uses the lease."""
 
-    def view(self, access: Access = "write") -> DeviceView:
-        """Begin a use by the compute stream; it ends, and is noted, when the view goes."""
+    def view(
+        self, access: Access = "write", *, offset: int = 0, nbytes: int | None = None
+    ) -> DeviceView:
+        """Begin a use by the compute stream; it ends, and is noted, when the view goes.
+
+        The view is of `nbytes` from `offset`, at least one; None: of all that follows.
+        """
 
 @final
 class DeviceArena:
-    """All device memory of a wrapped model: one allocation of `budget` bytes.
+    """Device memory: one allocation of `budget` bytes, or a range that others have allocated.
 
     With `poison`, ranges are filled with 0xFF bytes when they are given back, in stream order.
     """
 
     def __init__(self, device: Device, budget: int, poison: bool = False) -> None: ...
+    @staticmethod
+    def over(
+        device: Device, address: int, nbytes: int, owner: object, poison: bool = False
+    ) -> DeviceArena:
+        """Return an arena over memory of `device` that `owner` keeps, such as a tensor's.
+
+        It is used after what the compute stream was given before. `owner` is let go once the arena
+        and all leases are gone and the device has done all that was submitted.
+        """
+
     def try_allocate(self, nbytes: int, label: str = "") -> DeviceLease | None:
         """Return a lease, or None when no free range is long enough."""
 

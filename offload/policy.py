@@ -32,6 +32,7 @@ ACTIVATIONS = ("keep", "host", "disk", "recompute", "auto")
 """What ``Policy.activations`` may be."""
 PARAM_DTYPES = ("torch.bfloat16", "torch.float16")
 """What ``Policy.param_dtype`` may be, as torch prints it: this module does not see torch."""
+_CUDA = re.compile(r"cuda(:[0-9]+)?")
 _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*")
 
 
@@ -110,10 +111,13 @@ class Policy:
 
     Attributes:
         budget: the hard limits.
-        device: where the compute runs: "cpu", or "simulated", a device without one: memory apart
-            from the host's of ``Budget(device=...)`` bytes, copies that are done late, and a check
-            that nothing is used without waiting for it. It is for tests of offload;
-            "simulated:latest" ends copies as late as CUDA may, "simulated:earliest" at once.
+        device: where the compute runs: "cpu", "cuda", "cuda:1" or such a ``torch.device``.
+            Parameters and gradients are copied to ``Budget(device=...)`` bytes of a CUDA device
+            while they are in use, and are tensors there; ``wrap`` moves buffers there for good.
+            Inputs are the user's to move, updates are done on the host. "simulated" is a device
+            without one, for tests of offload: memory apart from the host's, copies that are done
+            late, and a check that nothing is used without waiting for it; "simulated:latest" ends
+            copies as late as CUDA may, "simulated:earliest" at once.
         swap_dir: directory on the disk to spill to; it must exist. Several directories, on disks of
             their own, are striped in proportion to their rates. None: nothing may be spilled, and
             a model that does not fit into the host budget is refused.
@@ -149,14 +153,14 @@ class Policy:
             keeps only its inputs, treated as with "disk", and runs again in the backward. "auto":
             as "disk", and of the blocks as many are recomputed as make a step fastest, by what
             the first steps took and the measured rates of the disk; what fits nowhere is left to
-            autograd.
+            autograd. On CUDA only "keep" and "recompute", which leaves a block's inputs there.
         activation_bytes: the part of the host budget for activations. None: half of it with
             "host", a quarter otherwise, or less where the model needs the rest.
         debug: overwrite with NaN whatever memory is given up, so that a use after release shows.
     """
 
     budget: Budget
-    device: str = "cpu"
+    device: object = "cpu"
     swap_dir: str | PathLike[str] | Sequence[str | PathLike[str]] | None = None
     units: Sequence[str] | None = None
     max_unit_bytes: int | str | None = None
@@ -174,17 +178,18 @@ class Policy:
     def __post_init__(self) -> None:
         if not isinstance(self.budget, Budget):
             raise PolicyError(f"Policy(budget=...): expected a Budget, got {self.budget!r}")
-        if self.device not in ("cpu", *_SIMULATED):
+        device = self.device_name
+        if device not in ("cpu", *_SIMULATED) and not self.is_cuda:
             raise PolicyError(
-                f"Policy(device={self.device!r}): this version computes on the CPU only; "
-                'use device="cpu"'
+                f'Policy(device={self.device!r}): expected "cpu", "cuda" or "cuda:N"; other '
+                "devices are not supported"
             )
-        if self.device != "cpu" and self.budget.device is None:
+        if device != "cpu" and self.budget.device is None:
             raise PolicyError(
-                f"Policy(device={self.device!r}) needs Budget(device=...): the bytes of its memory "
+                f"Policy(device={device!r}) needs Budget(device=...): the bytes of its memory "
                 "that offload may use"
             )
-        if self.device == "cpu" and self.budget.device is not None:
+        if device == "cpu" and self.budget.device is not None:
             raise PolicyError(
                 'Budget(device=...) has no meaning with Policy(device="cpu"): device and host are '
                 "the same memory; give Budget(host=...) alone"
@@ -223,6 +228,11 @@ class Policy:
                 f"Policy(activations={self.activations!r}): expected one of "
                 f"{', '.join(ACTIVATIONS)}"
             )
+        if self.is_cuda and self.activations not in ("keep", "recompute"):
+            raise PolicyError(
+                f"Policy(activations={self.activations!r}) does not move activations from a CUDA "
+                'device yet; use "keep" or "recompute"'
+            )
         if self.activations == "disk" and not self.swap_dirs:
             raise PolicyError(
                 'Policy(activations="disk") needs a directory on the disk to spill to: give '
@@ -243,9 +253,19 @@ class Policy:
             )
 
     @property
+    def device_name(self) -> str:
+        """``device`` as a string, as torch prints it."""
+        return str(self.device)
+
+    @property
+    def is_cuda(self) -> bool:
+        """Whether the compute is on a CUDA device."""
+        return _CUDA.fullmatch(self.device_name) is not None
+
+    @property
     def pace(self) -> Pace | None:
-        """When a simulated device ends its copies; None: the compute is on the CPU."""
-        return _SIMULATED.get(self.device)
+        """When a simulated device ends its copies; None: there is no such device."""
+        return _SIMULATED.get(self.device_name)
 
     @property
     def moves_activations(self) -> bool:
@@ -271,6 +291,6 @@ class Policy:
         """Bytes above which an automatically found unit is split."""
         if self.max_unit_bytes is not None:
             return parse_bytes(self.max_unit_bytes, "Policy(max_unit_bytes=...)")
-        if self.device == "cpu":
+        if self.device_name == "cpu":
             return self.budget.host_bytes // 24
         return min(self.budget.host_bytes // 24, self.budget.device_bytes // 6)

@@ -13,6 +13,7 @@
 #include "bind/bindings.h"
 #include "bind/device_names.h"
 #include "bind/errors.h"
+#include "bind/keep_alive.h"
 #include "device/cuda_device.h"
 #include "device/device_arena.h"
 #include "device/simulated_device.h"
@@ -25,14 +26,24 @@ namespace {
 
 // The compute stream's use of a lease, for as long as tensors made from it live: it begins with a
 // wait for the former owners, and at its end notes an event that the next ones will wait for.
+// Tensors see `nbytes` of the lease from `offset`; the use is of all of it.
 class DeviceView {
  public:
-  static std::shared_ptr<DeviceView> make(std::shared_ptr<DeviceLease> lease, AccessKind kind) {
+  static std::shared_ptr<DeviceView> make(std::shared_ptr<DeviceLease> lease, AccessKind kind,
+                                          std::uint64_t offset,
+                                          std::optional<std::uint64_t> nbytes) {
+    const std::uint64_t size = lease->nbytes();
+    const std::uint64_t part = nbytes.value_or(offset <= size ? size - offset : 0);
+    if (part == 0 || part > size || offset > size - part) {
+      raise(Status::error(Code::kInvalid, std::to_string(part) + " bytes from " +
+                                              std::to_string(offset) + " are no part of " +
+                                              std::to_string(size)));
+    }
     check(unlocked([&] {
       OFFLOAD_RETURN_IF_ERROR(lease->acquire(StreamId::kCompute));
       return lease->use(StreamId::kCompute, kind);
     }));
-    return std::shared_ptr<DeviceView>(new DeviceView(std::move(lease), kind));
+    return std::shared_ptr<DeviceView>(new DeviceView(std::move(lease), kind, offset, part));
   }
 
   ~DeviceView() {
@@ -40,7 +51,7 @@ class DeviceView {
     if (!device.in_owner_process()) return;
     const Status used = lease_->use(StreamId::kCompute, kind_);
     if (!used.is_ok()) device.note_error(used);
-    const Result<Event> end = device.record(StreamId::kCompute);
+    const Result<Event> end = device.record_compute(stream_);
     if (end.is_ok()) {
       lease_->note_use(end.value());
     } else {
@@ -48,25 +59,34 @@ class DeviceView {
     }
   }
 
-  DeviceLease& lease() const { return *lease_; }
+  Device& device() const { return *lease_->device(); }
+  std::byte* data() const { return lease_->data() + offset_; }
+  std::uint64_t nbytes() const { return nbytes_; }
 
  private:
-  DeviceView(std::shared_ptr<DeviceLease> lease, AccessKind kind)
-      : lease_(std::move(lease)), kind_(kind) {}
+  DeviceView(std::shared_ptr<DeviceLease> lease, AccessKind kind, std::uint64_t offset,
+             std::uint64_t nbytes)
+      : lease_(std::move(lease)),
+        kind_(kind),
+        offset_(offset),
+        nbytes_(nbytes),
+        stream_(lease_->device()->compute_stream()) {}
 
   const std::shared_ptr<DeviceLease> lease_;
   const AccessKind kind_;
+  const std::uint64_t offset_;
+  const std::uint64_t nbytes_;
+  const std::uintptr_t stream_;  // where the caller's work on it goes
 };
 
 py::dict cuda_array_interface(const DeviceView& view) {
-  const DeviceLease& lease = view.lease();
-  if (lease.device()->computes_on_host()) {
+  if (view.device().computes_on_host()) {
     throw py::attribute_error("the simulated device's memory is a buffer of the host");
   }
   py::dict d;
-  d["shape"] = py::make_tuple(lease.nbytes());
+  d["shape"] = py::make_tuple(view.nbytes());
   d["typestr"] = "|u1";
-  d["data"] = py::make_tuple(reinterpret_cast<std::uintptr_t>(lease.data()), false);
+  d["data"] = py::make_tuple(reinterpret_cast<std::uintptr_t>(view.data()), false);
   d["version"] = 3;
   d["strides"] = py::none();
   d["stream"] = py::none();  // acquire() has made the compute stream wait already
@@ -193,7 +213,12 @@ void bind_devices(py::module_& m) {
           "synchronize",
           [](Device& device, const BoundEvent& event) { synchronize(device, event.event); },
           py::arg("event"))
-      .def("drain", [](Device& device) { check(unlocked([&] { return device.drain(); })); })
+      .def("drain",
+           [](Device& device) {
+             const Status drained = unlocked([&] { return device.drain(); });
+             release_dropped();
+             check(drained);
+           })
       .def(
           "use_host",
           [](Device& device, const Lease& lease, const std::string& access,
@@ -205,6 +230,7 @@ void bind_devices(py::module_& m) {
           "set_compute_stream",
           [](Device& device, std::uintptr_t handle) { check(device.set_compute_stream(handle)); },
           py::arg("handle"))
+      .def_property_readonly("compute_stream", &Device::compute_stream)
       .def("omit_waits", &Device::omit_waits, py::arg("why"))
       .def("stats", &stats_dict);
   m.def(
@@ -219,6 +245,7 @@ void bind_devices(py::module_& m) {
       },
       py::arg("memory_bytes"), py::kw_only(), py::arg("pace") = "timed", py::arg("delay_s") = 0.0,
       py::arg("bytes_per_s") = 0.0, py::arg("check") = true);
+  m.attr("has_cuda") = cuda_devices_in_this_build();
   m.def(
       "cuda_device",
       [](int index, bool checks) {
@@ -229,15 +256,14 @@ void bind_devices(py::module_& m) {
 
 void bind_device_memory(py::module_& m) {
   py::class_<DeviceView, std::shared_ptr<DeviceView>>(m, "DeviceView", py::buffer_protocol())
-      .def_property_readonly("nbytes", [](const DeviceView& view) { return view.lease().nbytes(); })
+      .def_property_readonly("nbytes", &DeviceView::nbytes)
       .def_property_readonly("__cuda_array_interface__", &cuda_array_interface)
       .def_buffer([](DeviceView& view) {
-        if (!view.lease().device()->computes_on_host()) {
-          throw py::buffer_error("the CPU cannot use the memory of " +
-                                 view.lease().device()->name());
+        if (!view.device().computes_on_host()) {
+          throw py::buffer_error("the CPU cannot use the memory of " + view.device().name());
         }
-        return py::buffer_info(reinterpret_cast<std::uint8_t*>(view.lease().data()),
-                               static_cast<py::ssize_t>(view.lease().nbytes()));
+        return py::buffer_info(reinterpret_cast<std::uint8_t*>(view.data()),
+                               static_cast<py::ssize_t>(view.nbytes()));
       });
   py::class_<DeviceLease, std::shared_ptr<DeviceLease>>(m, "DeviceLease")
       .def_property_readonly("nbytes", &DeviceLease::nbytes)
@@ -265,16 +291,32 @@ void bind_device_memory(py::module_& m) {
           py::arg("stream"), py::arg("access"))
       .def(
           "view",
-          [](std::shared_ptr<DeviceLease> lease, const std::string& access) {
-            return DeviceView::make(std::move(lease), access_of(access));
+          [](std::shared_ptr<DeviceLease> lease, const std::string& access, std::uint64_t offset,
+             std::optional<std::uint64_t> nbytes) {
+            return DeviceView::make(std::move(lease), access_of(access), offset, nbytes);
           },
-          py::arg("access") = "write");
+          py::arg("access") = "write", py::kw_only(), py::arg("offset") = 0,
+          py::arg("nbytes") = py::none());
   py::class_<DeviceArena, std::shared_ptr<DeviceArena>>(m, "DeviceArena")
       .def(py::init([](std::shared_ptr<Device> device, std::uint64_t budget, bool poison) {
              return take(
                  unlocked([&] { return DeviceArena::create(std::move(device), budget, poison); }));
            }),
            py::arg("device"), py::arg("budget"), py::arg("poison") = false)
+      .def_static(
+          "over",
+          [](std::shared_ptr<Device> device, std::uintptr_t address, std::uint64_t nbytes,
+             py::object owner, bool poison) {
+            std::shared_ptr<void> kept = keep_alive(std::move(owner));
+            return take(unlocked([&]() -> Result<std::shared_ptr<DeviceArena>> {
+              Result<DeviceMemory> memory =
+                  device->adopt(reinterpret_cast<std::byte*>(address), nbytes, std::move(kept));
+              if (!memory.is_ok()) return memory.status();
+              return DeviceArena::create_over(device, memory.take(), poison);
+            }));
+          },
+          py::arg("device"), py::arg("address"), py::arg("nbytes"), py::arg("owner"),
+          py::arg("poison") = false)
       .def(
           "try_allocate",
           [](DeviceArena& arena, std::uint64_t nbytes,

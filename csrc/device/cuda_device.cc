@@ -168,6 +168,21 @@ class CudaDevice final : public Device {
     return cuda_status(cudaFree(data), "cudaFree");
   }
 
+  Status do_adopt(const std::byte* data, std::uint64_t nbytes) override {
+    const OnDevice on(index_);
+    OFFLOAD_RETURN_IF_ERROR(on.status());
+    for (const std::byte* at : {data, data + nbytes - 1}) {
+      cudaPointerAttributes attributes{};
+      OFFLOAD_RETURN_IF_ERROR(
+          cuda_status(cudaPointerGetAttributes(&attributes, at), "cudaPointerGetAttributes"));
+      if (attributes.type != cudaMemoryTypeDevice || attributes.device != index_) {
+        return Status::error(Code::kInvalid,
+                             std::to_string(nbytes) + " bytes are not memory of " + name_);
+      }
+    }
+    return Status::ok();
+  }
+
   Status do_copy(Direction direction, std::byte* dst, const std::byte* src, std::uint64_t nbytes,
                  StreamId stream) override {
     const OnDevice on(index_);
@@ -213,15 +228,13 @@ class CudaDevice final : public Device {
   Status do_set_compute_stream(std::uintptr_t handle) override {
     auto* const next = reinterpret_cast<cudaStream_t>(handle);
     cudaStream_t& compute = handle_of(StreamId::kCompute);
-    if (next == compute) return Status::ok();
-    const Result<std::shared_ptr<DeviceEvent>> end = do_record(StreamId::kCompute);
-    if (!end.is_ok()) return end.status();
-    const OnDevice on(index_);
-    OFFLOAD_RETURN_IF_ERROR(on.status());
-    OFFLOAD_RETURN_IF_ERROR(
-        cuda_status(cudaStreamWaitEvent(next, handle_of(end.value()), 0), "cudaStreamWaitEvent"));
+    OFFLOAD_RETURN_IF_ERROR(join(next, compute));
     compute = next;
     return Status::ok();
+  }
+
+  Status do_join_compute(std::uintptr_t handle) override {
+    return join(handle_of(StreamId::kCompute), reinterpret_cast<cudaStream_t>(handle));
   }
 
   Status block_for_wait(StreamId, const Event&) override { return Status::ok(); }
@@ -253,6 +266,17 @@ class CudaDevice final : public Device {
   }
 
  private:
+  // What is submitted to `stream` from now on starts after all that was submitted to `other`.
+  Status join(cudaStream_t stream, cudaStream_t other) {
+    const OnDevice on(index_);
+    OFFLOAD_RETURN_IF_ERROR(on.status());
+    const Result<cudaEvent_t> event = events_->take();
+    if (!event.is_ok()) return event.status();
+    const CudaEvent owned(events_, event.value());
+    OFFLOAD_RETURN_IF_ERROR(cuda_status(cudaEventRecord(owned.handle, other), "cudaEventRecord"));
+    return cuda_status(cudaStreamWaitEvent(stream, owned.handle, 0), "cudaStreamWaitEvent");
+  }
+
   cudaStream_t& handle_of(StreamId stream) { return streams_[static_cast<std::size_t>(stream)]; }
   static cudaEvent_t handle_of(const Event& event) {
     return static_cast<const CudaEvent&>(*event).handle;
@@ -288,3 +312,11 @@ Result<std::shared_ptr<Device>> make_cuda_device(int, bool) {
 }  // namespace offload
 
 #endif
+
+namespace offload {
+
+bool cuda_devices_in_this_build() {
+  return cuda_in_this_build();
+}
+
+}  // namespace offload

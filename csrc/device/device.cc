@@ -1,5 +1,6 @@
 #include "device/device.h"
 
+#include <algorithm>
 #include <atomic>
 #include <utility>
 
@@ -7,6 +8,12 @@
 
 namespace offload {
 namespace {
+
+bool overlap(const std::byte* a, std::uint64_t a_bytes, const std::byte* b, std::uint64_t b_bytes) {
+  const auto first = reinterpret_cast<std::uintptr_t>(a);
+  const auto second = reinterpret_cast<std::uintptr_t>(b);
+  return first < second + b_bytes && second < first + a_bytes;
+}
 
 bool contains(const std::byte* base, std::uint64_t size, const std::byte* data,
               std::uint64_t nbytes) {
@@ -120,16 +127,38 @@ Result<DeviceMemory> Device::allocate(std::uint64_t nbytes) {
   if (!lock.is_ok()) return lock.status();
   const Result<std::byte*> data = do_allocate(nbytes);
   if (!data.is_ok()) return data.status();
-  memory_.push_back({data.value(), nbytes});
+  memory_.push_back({data.value(), nbytes, nullptr, false});
   return DeviceMemory(shared_from_this(), data.value(), nbytes);
+}
+
+Result<DeviceMemory> Device::adopt(std::byte* data, std::uint64_t nbytes,
+                                   std::shared_ptr<void> owner) {
+  if (data == nullptr || nbytes == 0) {
+    return Status::error(Code::kInvalid, "0 bytes of device memory were given");
+  }
+  const Result<Lock> lock = enter("use of another's memory");
+  if (!lock.is_ok()) return lock.status();
+  for (const Range& range : memory_) {
+    if (overlap(range.data, range.nbytes, data, nbytes)) {
+      return Status::error(Code::kInvalid, name() + " knows a part of these " +
+                                               std::to_string(nbytes) + " bytes already");
+    }
+  }
+  OFFLOAD_RETURN_IF_ERROR(do_adopt(data, nbytes));
+  memory_.push_back({data, nbytes, std::move(owner), true});
+  return DeviceMemory(shared_from_this(), data, nbytes);
 }
 
 void Device::free(std::byte* data, std::uint64_t nbytes) {
   if (!owner_.is_current()) return;
   const Status drained = do_drain();
+  std::shared_ptr<void> owner;  // goes after the lock
   std::lock_guard<std::mutex> lock(mutex_);
-  const Status freed = do_free(data, nbytes);
-  std::erase_if(memory_, [data](const Range& range) { return range.data == data; });
+  const auto at = std::find_if(memory_.begin(), memory_.end(),
+                               [data](const Range& range) { return range.data == data; });
+  const Status freed = at->adopted ? Status::ok() : do_free(data, nbytes);
+  owner = std::move(at->owner);
+  memory_.erase(at);
   if (checker_ != nullptr) checker_->forget(data, nbytes);
   for (const Status& status : {drained, freed}) {
     if (!status.is_ok() && !noted_.has_value()) noted_ = status;
@@ -213,6 +242,17 @@ Status Device::launch(StreamId stream, std::span<const Access> accesses, const c
 Result<Event> Device::record(StreamId stream) {
   const Result<Lock> lock = enter("record");
   if (!lock.is_ok()) return lock.status();
+  return record_locked(stream);
+}
+
+Result<Event> Device::record_compute(std::uintptr_t used) {
+  const Result<Lock> lock = enter("record");
+  if (!lock.is_ok()) return lock.status();
+  if (used != compute_stream_) OFFLOAD_RETURN_IF_ERROR(do_join_compute(used));
+  return record_locked(StreamId::kCompute);
+}
+
+Result<Event> Device::record_locked(StreamId stream) {
   Result<std::shared_ptr<DeviceEvent>> recorded = do_record(stream);
   if (!recorded.is_ok()) return recorded.status();
   DeviceEvent& event = *recorded.value();
@@ -310,7 +350,10 @@ Status Device::hand_over_host(const std::byte* data, std::uint64_t nbytes, const
 Status Device::set_compute_stream(std::uintptr_t handle) {
   const Result<Lock> lock = enter("change of the compute stream");
   if (!lock.is_ok()) return lock.status();
-  return do_set_compute_stream(handle);
+  if (handle == compute_stream_) return Status::ok();
+  OFFLOAD_RETURN_IF_ERROR(do_set_compute_stream(handle));
+  compute_stream_ = handle;
+  return Status::ok();
 }
 
 Device::Stats Device::stats() const {

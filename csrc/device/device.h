@@ -8,8 +8,8 @@
 //  2. wait() makes a stream wait for an event and returns at once; only synchronize(), wait_for()
 //     and drain() stop the host. The steady state must have none (Stats::host_waits).
 //  3. host memory in a copy lies in a HostMemory that was registered with registrar() and named by
-//     add_host_memory(); device memory comes from allocate(). Anything else is kInvalid. Copies are
-//     split where registered ranges end.
+//     add_host_memory(); device memory comes from allocate() or was given to adopt(). Anything else
+//     is kInvalid. Copies are split where registered ranges end.
 //  4. with `check`, an OrderChecker sees all that is submitted and what use() and use_host()
 //     declare. The call that completes a conflict fails with kUnordered, and its copy is not
 //     submitted. What is found where there is nobody to tell (a destructor) fails the next call.
@@ -80,6 +80,10 @@ class Device : public std::enable_shared_from_this<Device> {
   Result<MemoryInfo> memory_info();
   // The device's own memory; kNoMemory when there is not as much.
   Result<DeviceMemory> allocate(std::uint64_t nbytes);
+  // Memory of this device that somebody else allocated. `owner` is kept until the DeviceMemory is
+  // gone and all that was submitted is done. kInvalid when it is not this device's, or known
+  // already.
+  Result<DeviceMemory> adopt(std::byte* data, std::uint64_t nbytes, std::shared_ptr<void> owner);
   // Copies may name this memory, for as long as it exists.
   void add_host_memory(const std::shared_ptr<HostMemory>& memory);
 
@@ -102,6 +106,9 @@ class Device : public std::enable_shared_from_this<Device> {
 
   // The point in the stream after all that was submitted to it so far.
   Result<Event> record(StreamId stream);
+  // record(kCompute) for work that may have been submitted to the stream `used`, which was the
+  // compute stream's at the time (compute_stream()): the point after that too.
+  Result<Event> record_compute(std::uintptr_t used);
   // What is submitted to `stream` from now on starts after `event`. `why` names the reason, for
   // Stats::waits. On a device that computes on the host, a wait of the compute stream blocks.
   Status wait(StreamId stream, const Event& event, std::string_view why);
@@ -128,6 +135,8 @@ class Device : public std::enable_shared_from_this<Device> {
   // Work of the compute stream goes to this stream of the device's own (a cudaStream_t; 0: the
   // default one) from now on, after all that went to the former. kInvalid where there is no other.
   Status set_compute_stream(std::uintptr_t handle);
+  // What it was last given, at first 0.
+  std::uintptr_t compute_stream() const { return compute_stream_; }
 
   Stats stats() const;
   bool checks() const { return checker_ != nullptr; }
@@ -155,6 +164,8 @@ class Device : public std::enable_shared_from_this<Device> {
   virtual Result<MemoryInfo> do_memory_info() = 0;                    // *
   virtual Result<std::byte*> do_allocate(std::uint64_t nbytes) = 0;   // *
   virtual Status do_free(std::byte* data, std::uint64_t nbytes) = 0;  // *
+  // Whether another's memory is this device's.
+  virtual Status do_adopt(const std::byte* data, std::uint64_t nbytes) = 0;  // *
   virtual Status do_copy(Direction direction, std::byte* dst, const std::byte* src,
                          std::uint64_t nbytes, StreamId stream) = 0;  // *
   virtual Status do_fill(std::byte* dst, std::uint8_t value, std::uint64_t nbytes,
@@ -164,6 +175,8 @@ class Device : public std::enable_shared_from_this<Device> {
   virtual Result<std::shared_ptr<DeviceEvent>> do_record(StreamId stream) = 0;        // *
   virtual Status do_wait(StreamId stream, const Event& event) = 0;                    // *
   virtual Status do_set_compute_stream(std::uintptr_t handle) = 0;                    // *
+  // Work of the compute stream from now on goes after all that went to `handle`.
+  virtual Status do_join_compute(std::uintptr_t handle) = 0;  // *
   // The part of a stream's wait that the calling thread has to do itself.
   virtual Status block_for_wait(StreamId stream, const Event& event) = 0;
   virtual Result<bool> do_wait_for(const Event& event, unsigned milliseconds, Waiter waiter) = 0;
@@ -175,6 +188,8 @@ class Device : public std::enable_shared_from_this<Device> {
   struct Range {
     std::byte* data;
     std::uint64_t nbytes;
+    std::shared_ptr<void> owner;  // of adopted memory
+    bool adopted;
   };
   struct HostRange {
     std::weak_ptr<HostMemory> owner;
@@ -194,12 +209,14 @@ class Device : public std::enable_shared_from_this<Device> {
   Status copy_between(Direction direction, std::byte* dst, const std::byte* src,
                       std::uint64_t nbytes, StreamId stream, std::string_view label);
   Status checked(StreamId stream, std::span<const Access> accesses, const char* what,
-                 std::string_view label);  // REQUIRES: mutex_ held
+                 std::string_view label);        // REQUIRES: mutex_ held
+  Result<Event> record_locked(StreamId stream);  // REQUIRES: mutex_ held
   void free(std::byte* data, std::uint64_t nbytes);
 
   const OwnerProcess owner_;
   const std::uint64_t id_;
   std::atomic<std::uint64_t> conflicts_{0};
+  std::atomic<std::uintptr_t> compute_stream_{0};
 
   mutable std::mutex mutex_;                     // the submission lock; guards all below
   const std::unique_ptr<OrderChecker> checker_;  // null: no checks

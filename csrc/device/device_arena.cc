@@ -41,11 +41,13 @@ Status none_asked_for() {
 
 }  // namespace
 
-DeviceArena::DeviceArena(std::shared_ptr<Device> device, DeviceMemory memory, bool poison)
+DeviceArena::DeviceArena(std::shared_ptr<Device> device, DeviceMemory memory,
+                         std::uint64_t capacity, bool poison)
     : device_(std::move(device)),
       memory_(std::move(memory)),
+      capacity_(capacity),
       poison_(poison),
-      free_(memory_.nbytes()) {}
+      free_(capacity) {}
 
 Result<std::shared_ptr<DeviceArena>> DeviceArena::create(std::shared_ptr<Device> device,
                                                          std::uint64_t capacity, bool poison) {
@@ -59,12 +61,33 @@ Result<std::shared_ptr<DeviceArena>> DeviceArena::create(std::shared_ptr<Device>
     return memory.status().with_context("a device budget of " + std::to_string(capacity) +
                                         " bytes cannot be had; lower Budget(device=...)");
   }
-  std::shared_ptr<DeviceArena> arena(new DeviceArena(std::move(device), memory.take(), poison));
-  if (poison) {
-    StreamEvents uses;
-    OFFLOAD_RETURN_IF_ERROR(arena->poison(0, capacity, "unused memory", uses));
-    arena->former_.emplace(0, Former{capacity, uses});
+  return make(std::move(device), memory.take(), poison, {});
+}
+
+Result<std::shared_ptr<DeviceArena>> DeviceArena::create_over(std::shared_ptr<Device> device,
+                                                              DeviceMemory memory, bool poison) {
+  if (memory.nbytes() < kLeaseBytes ||
+      !is_aligned(reinterpret_cast<std::uintptr_t>(memory.data()), kLeaseBytes)) {
+    return Status::error(Code::kInvalid, std::to_string(memory.nbytes()) +
+                                             " bytes of memory for a device arena are too few, or "
+                                             "do not begin at a multiple of " +
+                                             std::to_string(kLeaseBytes));
   }
+  const Result<Event> before = device->record(StreamId::kCompute);
+  if (!before.is_ok()) return before.status();
+  StreamEvents former;
+  keep_latest(former, before.value());
+  return make(std::move(device), std::move(memory), poison, std::move(former));
+}
+
+Result<std::shared_ptr<DeviceArena>> DeviceArena::make(std::shared_ptr<Device> device,
+                                                       DeviceMemory memory, bool poison,
+                                                       StreamEvents former) {
+  const std::uint64_t capacity = memory.nbytes() - memory.nbytes() % kLeaseBytes;
+  std::shared_ptr<DeviceArena> arena(
+      new DeviceArena(std::move(device), std::move(memory), capacity, poison));
+  if (poison) OFFLOAD_RETURN_IF_ERROR(arena->poison(0, capacity, "unused memory", former));
+  if (former != StreamEvents{}) arena->former_.emplace(0, Former{capacity, std::move(former)});
   return arena;
 }
 

@@ -1,5 +1,5 @@
-// DeviceArena: one allocation of device memory, and who has which part of it. DeviceLease: the
-// right to use a part.
+// DeviceArena: one range of device memory, and who has which part of it. DeviceLease: the right to
+// use a part.
 //
 // Protocol of reuse, ordered by streams and not by the host:
 //  1. whoever submits work on a lease's memory tells the lease: note_use() with an event recorded
@@ -52,6 +52,11 @@ class DeviceArena : public std::enable_shared_from_this<DeviceArena> {
   // `capacity` is rounded down to kLeaseBytes. Errors: those of Device::allocate().
   static Result<std::shared_ptr<DeviceArena>> create(std::shared_ptr<Device> device,
                                                      std::uint64_t capacity, bool poison = false);
+  // The same in memory that somebody else allocated, in the order of the compute stream: what was
+  // submitted to that stream before may still use it. kInvalid when it does not begin at a multiple
+  // of kLeaseBytes.
+  static Result<std::shared_ptr<DeviceArena>> create_over(std::shared_ptr<Device> device,
+                                                          DeviceMemory memory, bool poison = false);
 
   // kBudget when no free range is long enough. `label` names the lease in errors.
   Result<std::shared_ptr<DeviceLease>> allocate(std::uint64_t nbytes, std::string label = {});
@@ -61,7 +66,7 @@ class DeviceArena : public std::enable_shared_from_this<DeviceArena> {
 
   Usage usage() const;
   std::byte* base() const { return memory_.data(); }
-  std::uint64_t capacity() const { return memory_.nbytes(); }
+  std::uint64_t capacity() const { return capacity_; }
   const std::shared_ptr<Device>& device() const { return device_; }
 
  private:
@@ -71,7 +76,11 @@ class DeviceArena : public std::enable_shared_from_this<DeviceArena> {
     StreamEvents uses;
   };
 
-  DeviceArena(std::shared_ptr<Device> device, DeviceMemory memory, bool poison);
+  static Result<std::shared_ptr<DeviceArena>> make(std::shared_ptr<Device> device,
+                                                   DeviceMemory memory, bool poison,
+                                                   StreamEvents former);
+  DeviceArena(std::shared_ptr<Device> device, DeviceMemory memory, std::uint64_t capacity,
+              bool poison);
   std::shared_ptr<DeviceLease> lease_at(std::uint64_t offset, std::uint64_t nbytes,
                                         std::string label);          // REQUIRES: mutex_ held
   StreamEvents take_former(std::uint64_t begin, std::uint64_t end);  // likewise
@@ -82,6 +91,7 @@ class DeviceArena : public std::enable_shared_from_this<DeviceArena> {
 
   const std::shared_ptr<Device> device_;
   const DeviceMemory memory_;
+  const std::uint64_t capacity_;  // whole kLeaseBytes
   const bool poison_;
 
   mutable std::mutex mutex_;  // guards all below

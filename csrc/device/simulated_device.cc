@@ -145,6 +145,9 @@ class SimulatedDevice final : public Device {
     return Status::from_errno(errno, "munmap", "(simulated device)");
   }
 
+  // Any memory of the process: the device is a part of it.
+  Status do_adopt(const std::byte*, std::uint64_t) override { return Status::ok(); }
+
   Status do_copy(Direction direction, std::byte* dst, const std::byte* src, std::uint64_t nbytes,
                  StreamId stream) override {
     const std::byte* host = direction == Direction::kToDevice ? src : dst;
@@ -184,6 +187,8 @@ class SimulatedDevice final : public Device {
     return Status::error(Code::kInvalid,
                          name() + " computes on the calling thread and has no other stream");
   }
+
+  Status do_join_compute(std::uintptr_t handle) override { return do_set_compute_stream(handle); }
 
   Status block_for_wait(StreamId stream, const Event& event) override {
     if (stream != StreamId::kCompute) return Status::ok();

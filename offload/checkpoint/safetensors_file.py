@@ -77,9 +77,10 @@ class StoredTensor:
         return _DTYPES.get(self.kind)
 
     def read_into(self, target: torch.Tensor, through: torch.dtype | None = None) -> None:
-        """Copy its elements to `target`, of its shape (or as many elements) in CPU memory.
+        """Copy its elements to `target`, of its shape (or as many elements).
 
-        The dtypes may differ, as for ``copy_``; then a few MiB pass through memory of their own.
+        The dtypes may differ, as for ``copy_``, and `target` may be on a device; then a few MiB at
+        a time pass through memory of their own.
         With `through`, they are converted to that dtype before they are to `target`'s.
 
         Raises:
@@ -98,7 +99,7 @@ class StoredTensor:
         try:
             fd = os.open(self.file, os.O_RDONLY | os.O_CLOEXEC)
             try:
-                if flat.dtype is self.dtype:
+                if flat.dtype is self.dtype and flat.device.type == "cpu":
                     self._read(fd, flat.view(torch.uint8).numpy().data, 0)
                 else:
                     self._convert(fd, self.dtype, through or self.dtype, flat)

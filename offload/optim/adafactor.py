@@ -39,6 +39,7 @@ class Adafactor(OffloadOptimizer):
     """
 
     TORCH = torch.optim.Adafactor
+    ON_HOST = True
 
     def __init__(
         self,

@@ -54,6 +54,7 @@ class OffloadOptimizer(Optimizer):
         TORCH: the class of torch that the subclass replaces; it checks hyperparameters.
         NAMES: of all states that the rule can have, as in torch, in the native rule's order.
         BEGINS_AT_ONCE: torch makes the state in the constructor; a state_dict shows it.
+        ON_HOST: it updates attached parameters, which must be in host memory.
         keeps_masters: 16-bit parameters are updated through fp32 copies.
         state_format: the format that states are kept in.
         seed: of the stochastic rounding of bfloat16 states.
@@ -63,6 +64,7 @@ class OffloadOptimizer(Optimizer):
     NAMES: ClassVar[tuple[str, ...]] = ()
     BEGINS_AT_ONCE: ClassVar[bool] = False
     keeps_masters: ClassVar[bool] = True
+    ON_HOST: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -254,6 +256,11 @@ class OffloadOptimizer(Optimizer):
             if grad.layout is not torch.strided or grad.dtype is not param.dtype:
                 raise refused_gradient(self._name, param, grad)
             kept = self._state_of(param, number)
+            if param.device.type != "cpu" and (self.ON_HOST or kept.owner is None):
+                whose = "plain" if kept.owner is None else "wrapped"
+                raise UnsupportedError(
+                    f"{self._name} does not update parameters of {whose} models on {param.device}"
+                )
             if isinstance(kept, UnitState):
                 kept.run.check(kept.tenant)
             elif kept.owner is not None:  # frozen

@@ -9,7 +9,7 @@ from offload.errors import UnsupportedError
 from offload.optim.param_state import MemoryState
 from offload.optim.update import Update
 from offload.tiers.state_layout import PARAM_DTYPES
-from offload.tiers.unit import SpilledParameter
+from offload.tiers.unit import SpilledParameter, owner_of
 
 
 def refused_gradient(name: str, param: torch.Tensor, grad: torch.Tensor) -> UnsupportedError:
@@ -37,7 +37,7 @@ def is_supported(param: torch.Tensor) -> bool:
     """Whether the native rules can update `param`."""
     return (
         param.dtype in PARAM_DTYPES
-        and param.device.type == "cpu"
+        and (param.device.type == "cpu" or owner_of(param) is not None)
         and param.layout is torch.strided
         and (isinstance(param, SpilledParameter) or not is_traceable_wrapper_subclass(param))
     )

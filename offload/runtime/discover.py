@@ -12,6 +12,7 @@ from torch import nn
 from offload.errors import PolicyError, UnsupportedError
 from offload.planner import SMALL_BYTES
 from offload.runtime.precision import Dtypes
+from offload.tiers.compute_device import CPU
 
 
 @dataclass
@@ -43,9 +44,13 @@ class Discovery:
 
 
 def find_units(
-    model: nn.Module, names: Sequence[str] | None, limit: int, dtypes: Dtypes
+    model: nn.Module,
+    names: Sequence[str] | None,
+    limit: int,
+    dtypes: Dtypes,
+    device: torch.device = CPU,
 ) -> Discovery:
-    """Return the units of `model`, whose parameters will be kept in `dtypes`.
+    """Return the units of `model`, whose parameters will be kept in `dtypes`, used on `device`.
 
     With `names`, these modules are units, whole. Otherwise the children of every ModuleList and
     Sequential are, split into their own children while they hold more than `limit` bytes or
@@ -56,12 +61,12 @@ def find_units(
 
     Raises:
         PolicyError: a name is not a module, or one named module contains another.
-        UnsupportedError: a parameter that cannot be moved (subclass, not on the CPU, sparse).
+        UnsupportedError: a parameter that cannot be moved (subclass, on another device, sparse).
     """
     modules = dict(model.named_modules())
     roots = _named(modules, names) if names is not None else _blocks(model, limit, dtypes)
     for name, param in model.named_parameters():
-        _check(name, param)
+        _check(name, param, device)
     _check_apart(model)
     owner: dict[nn.Parameter, FoundUnit] = {}
     units: list[FoundUnit] = []
@@ -191,14 +196,15 @@ def _nbytes(module: nn.Module, dtypes: Dtypes) -> int:
     return sum(p.numel() * dtypes[p].itemsize for p in module.parameters())
 
 
-def _check(name: str, param: nn.Parameter) -> None:
+def _check(name: str, param: nn.Parameter, device: torch.device) -> None:
     if type(param) is not nn.Parameter:
         raise UnsupportedError(
             f"{name} is a {type(param).__name__}; only plain torch.nn.Parameter can be offloaded"
         )
-    if param.device.type != "cpu" or param.layout is not torch.strided:
+    if param.device not in (CPU, device) or param.layout is not torch.strided:
+        where = "the CPU" if device == CPU else f"the CPU or {device}"
         raise UnsupportedError(
-            f"{name} is a {param.layout} tensor on {param.device}; expected a dense one on the CPU"
+            f"{name} is a {param.layout} tensor on {param.device}; expected a dense one on {where}"
         )
 
 
@@ -210,7 +216,7 @@ def _check_apart(model: nn.Module) -> None:
     ranges: dict[int, list[tuple[int, int, str, bool]]] = {}
     for is_param, tensors in ((True, model.named_parameters()), (False, model.named_buffers())):
         for name, tensor in tensors:
-            if tensor.device.type != "cpu" or tensor.layout is not torch.strided:
+            if tensor.device.type not in ("cpu", "cuda") or tensor.layout is not torch.strided:
                 continue
             if tensor.numel() == 0:
                 continue

@@ -17,6 +17,7 @@ from offload.planner import (
 )
 from offload.policy import Policy, parse_bytes
 from offload.tiers.activation_home import ActivationHome
+from offload.tiers.compute_device import ComputeDevice, torch_device
 from offload.tiers.context import RuntimeContext
 from offload.tiers.device_tier import DeviceTier
 from offload.tiers.disk_profile import DiskProfile
@@ -25,19 +26,17 @@ from offload.tiers.state_home import page_bytes
 from offload.tiers.swap_space import SwapSpace, profile_disks, store_memory
 from offload.tiers.update_staging import open_pipeline
 
-_DEVICE_SLACK = 1 << 20
-"""Of a simulated device's memory beyond the budget: what its arenas are rounded up by."""
-
 
 class Resources:
     """Chosen before anything is allocated; ``open`` allocates, all or nothing."""
 
     def __init__(self, policy: Policy, specs: Sequence[UnitSpec]) -> None:
-        """Measure the disks where something must be spilled and make the plan.
+        """Find the device, measure the disks where something must be spilled and make the plan.
 
         Raises:
             BudgetError: the smallest host or device budget that would do is larger than the
                 policy's.
+            PolicyError: the policy's device is not there.
             SwapIOError: a swap directory cannot be used.
         """
         self.policy = policy
@@ -50,7 +49,8 @@ class Resources:
             specs, policy.budget.host_bytes, disk, self._activation_bytes(specs, disk)
         )
         self.device_plan: DevicePlan | None = None
-        if policy.pace is not None:
+        self.torch_device = torch_device(policy)
+        if policy.device_name != "cpu":
             self.device_plan = place_on_device(specs, policy.budget.device_bytes)
 
     def _activation_bytes(self, specs: Sequence[UnitSpec], disk: DiskSpec | None) -> int:
@@ -101,11 +101,13 @@ class Resources:
         if space is not None:
             space.reserve(plan.swap_bytes, sum(p.swap_objects for p in plan.placements))
         # What the plan leaves free is for an optimizer that keeps more state than AdamW.
-        home_bytes, device = plan.pinned_bytes + plan.free_bytes, self._open_device()
-        home = _native.HostArena(home_bytes, policy.debug, pin=device)
+        home_bytes = plan.pinned_bytes + plan.free_bytes
+        device = ComputeDevice.open(policy, self.torch_device)
+        pin = device.native if device is not None else None
+        home = _native.HostArena(home_bytes, policy.debug, pin=pin)
         ring = None
         if plan.ring_bytes:
-            ring = _native.HostArena(plan.ring_bytes, policy.debug, pin=device)
+            ring = _native.HostArena(plan.ring_bytes, policy.debug, pin=pin)
         if store is not None:
             for arena in (home, ring):
                 if arena is not None:
@@ -115,20 +117,12 @@ class Resources:
         tier = self._device_tier(device, mover) if device is not None else None
         return RuntimeContext(policy, plan, mover, pipeline, space, tier)
 
-    def _open_device(self) -> _native.Device | None:
-        if self.policy.pace is None:
-            return None
-        memory = self.policy.budget.device_bytes + _DEVICE_SLACK
-        return _native.simulated_device(memory, pace=self.policy.pace)
-
-    def _device_tier(self, device: _native.Device, mover: Mover) -> DeviceTier:
-        plan, poison = self.device_plan, self.policy.debug
+    def _device_tier(self, device: ComputeDevice, mover: Mover) -> DeviceTier:
+        plan = self.device_plan
         if plan is None:
             raise OffloadError("nothing was planned for the device (internal error)")
-        home = None
-        if plan.home_bytes:
-            home = _native.DeviceArena(device, plan.home_bytes, poison)
-        return DeviceTier(device, home, _native.DeviceArena(device, plan.ring_bytes, poison), mover)
+        home, ring = device.arenas(plan.home_bytes, plan.ring_bytes, self.policy.debug)
+        return DeviceTier(device, home, ring, mover)
 
     def _activation_home(self, context: RuntimeContext, space: SwapSpace | None) -> ActivationHome:
         arena = _native.HostArena(self.plan.activation_bytes, self.policy.debug)

@@ -17,6 +17,7 @@ from offload.runtime.activations import Activations
 from offload.runtime.backward import BackwardHooks
 from offload.runtime.block_forward import BlockForward
 from offload.runtime.blocks import find_blocks
+from offload.runtime.buffers import MovedBuffers
 from offload.runtime.deferred import to_memory
 from offload.runtime.discover import Discovery, find_units
 from offload.runtime.forward import ForwardHooks
@@ -25,6 +26,7 @@ from offload.runtime.resources import Resources
 from offload.runtime.saved_tensors import SavedTensorHooks, active_hooks_are_known
 from offload.runtime.state_dict import add_state_dict_hooks
 from offload.tiers.changed_values import masters_of
+from offload.tiers.compute_device import torch_device
 from offload.tiers.grad_handle import GradHandle
 from offload.tiers.masters import provide_masters
 from offload.tiers.spent_grad import SpentGrad
@@ -47,20 +49,21 @@ class WrappedModel:
         Raises:
             BudgetError: the smallest host budget that would do is larger than the policy's.
             SwapSpaceError, SwapIOError: the swap directory cannot take what must be spilled.
-            UnsupportedError, PolicyError: see find_units.
+            UnsupportedError, PolicyError: see find_units and torch_device.
         """
+        device = torch_device(policy)
         if policy.activations in _RECOMPUTE and not active_hooks_are_known():
             raise UnsupportedError(
                 f'Policy(activations="{policy.activations}") needs torch 2.8 or newer, which '
                 'tells the active saved-tensor hooks; use activations="disk"'
             )
         dtypes = compute_dtypes(model, policy.param_dtype)
-        found = find_units(model, policy.units, policy.unit_limit, dtypes)
+        found = find_units(model, policy.units, policy.unit_limit, dtypes, device)
         if not found.units:
             raise UnsupportedError("the model has no parameters: there is nothing to offload")
         self.model = model
         self._handles: list[RemovableHandle] = []
-        units, specs = _lay_out(found, dtypes)
+        units, specs = _lay_out(found, dtypes, device)
         resources = Resources(policy, specs)
         self.context = resources.open()
         try:
@@ -81,8 +84,9 @@ class WrappedModel:
         self.context.gradients.on_backward = self._backward.on_backward
         self._forward = ForwardHooks(self.context, self._saved, self._backward.reset)
         self.context.saved_hooks = self._saved.active
-        self._add_hooks(found, units)
+        self._add_hooks(found, units, device)
         to_memory(model.buffers())
+        self._buffers = MovedBuffers(model, device)
         self._blocks: list[BlockForward] = []
         self._choice: ActivationChoice | None = None
         if activations is not None:
@@ -107,7 +111,7 @@ class WrappedModel:
         for block in self._blocks:
             block.install()
 
-    def _add_hooks(self, found: Discovery, units: list[Unit]) -> None:
+    def _add_hooks(self, found: Discovery, units: list[Unit], device: torch.device) -> None:
         by_param = {param.param: unit for unit in units for param in unit.params}
         uses: dict[nn.Module, list[Unit]] = {self.model: []}
         for unit, source in zip(units, found.units, strict=True):
@@ -131,7 +135,7 @@ class WrappedModel:
         if any(unit.is_narrowed for unit in units):
             self._handles.append(add_precision_hooks(self.model, units))
         for module in self.model.modules():
-            module.__dict__["_apply"] = _refuse_conversion(module)
+            module.__dict__["_apply"] = _refuse_conversion(module, device)
             module.__dict__.update(_REFUSED)
 
     def unwrap(self) -> None:
@@ -146,8 +150,9 @@ class WrappedModel:
                     if isinstance(grad, GradHandle):
                         grad = grad._state.materialize()
                     if grad is not None and not isinstance(grad, SpentGrad):
-                        grads[param] = grad.to(param.given_dtype)
+                        grads[param] = grad.to(param.given_device, param.given_dtype)
             self._restore()
+            self._buffers.back()
             for param, grad in grads.items():
                 param.param.grad = grad
         for handle in self._handles:
@@ -176,7 +181,7 @@ class WrappedModel:
                     param.param.__class__ = nn.Parameter  # type: ignore[assignment]
                 if isinstance(param.param.grad, GradHandle | SpentGrad):
                     param.param.grad = None
-                param.param.data = copy
+                param.param.data = copy.to(param.given_device)
                 param.let_go()
             unit.attached = False
             self.context.mover.forget(unit.param_slab)
@@ -195,7 +200,10 @@ class WrappedModel:
         disk = store.stats() if store is not None else {}
         files = context.weight_files.bytes_read if context.weight_files is not None else 0
         update = context.pipeline.stats()
+        tier = context.device
+        on_device = tier.counters() if tier is not None else {}
         return {
+            **on_device,
             "arena_budget_bytes": context.plan.budget_bytes,
             "arena_in_use_bytes": sum(usage["in_use"] for usage in arenas),
             "arena_peak_bytes": sum(usage["peak"] for usage in arenas),
@@ -239,11 +247,11 @@ class WrappedModel:
 
 
 def _lay_out(
-    found: Discovery, dtypes: Mapping[nn.Parameter, torch.dtype]
+    found: Discovery, dtypes: Mapping[nn.Parameter, torch.dtype], device: torch.device
 ) -> tuple[list[Unit], list[UnitSpec]]:
     units, specs = [], []
     for index, source in enumerate(found.units):
-        own = [OffloadedParam(param, name, dtypes[param]) for name, param in source.own]
+        own = [OffloadedParam(param, name, dtypes[param], device) for name, param in source.own]
         unit = Unit(index, source.name, own)
         units.append(unit)
         frozen_masters = (p.numel * 4 for p in own if p.is_narrowed and not p.trainable and p.numel)
@@ -279,16 +287,19 @@ _REFUSED = {"__deepcopy__": _refuse_copy, "__reduce_ex__": _refuse_pickle}
 """Put on each module of a wrapped model: a copy would share the original's slabs and hooks."""
 
 
-def _refuse_conversion(module: nn.Module) -> Callable[..., nn.Module]:
-    """Return what replaces ``module._apply``, on which ``to``, ``half``, ``cuda`` are built."""
+def _refuse_conversion(module: nn.Module, device: torch.device) -> Callable[..., nn.Module]:
+    """Return what replaces ``module._apply``, on which ``to``, ``half``, ``cuda`` are built.
+
+    To `device`, where the model is already, it may be moved.
+    """
 
     def apply(fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
         for dtype in {p.dtype for p in module.parameters()}:
-            probe = torch.empty(1, dtype=dtype)
+            probe = torch.empty(1, dtype=dtype, device=device)
             converted = fn(probe)
             if converted.dtype != probe.dtype or converted.device != probe.device:
                 raise UnsupportedError(
-                    f"an offloaded model cannot be moved or converted (from {dtype} on cpu to "
+                    f"an offloaded model cannot be moved or converted (from {dtype} on {device} to "
                     f"{converted.dtype} on {converted.device}); do it before offload.wrap()"
                 )
         return module

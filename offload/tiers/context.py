@@ -124,8 +124,11 @@ class RuntimeContext:
             param.take_over()
             if self.device is None:
                 self.pointers.point(param)
-            else:
-                self.pointers.blank(param)
+                continue
+            grad, param.param.grad = param.param.grad, None
+            self.pointers.blank(param)
+            if grad is not None:
+                param.param.grad = grad.to(param.device)
         unit.attached = self.device is None
         self.pointers.note_version(unit)
         if not placement.pin_params:

@@ -23,6 +23,7 @@ import torch
 
 from offload import _native
 from offload.errors import BudgetError, OffloadError
+from offload.tiers.compute_device import ComputeDevice
 from offload.tiers.mover import NEVER, Mover
 from offload.tiers.slab import Residency, Slab
 
@@ -39,8 +40,9 @@ class DeviceCopy:
         ahead: the copy is newer than the host slab.
     """
 
-    def __init__(self, lease: _native.DeviceLease) -> None:
+    def __init__(self, compute: ComputeDevice, lease: _native.DeviceLease) -> None:
         """Hold nothing yet."""
+        self._compute = compute
         self.lease = lease
         self.arrival: _native.DeviceTransfer | None = None
         self.ahead = False
@@ -49,38 +51,34 @@ class DeviceCopy:
         self, offset: int, shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype
     ) -> torch.Tensor:
         """Return a tensor over the copy, as ``Slab.view`` does: a use by the compute stream."""
-        numel = 1
-        for size in shape:
-            numel *= size
-        if numel == 0:
-            return torch.empty_strided(shape, stride, dtype=dtype)
-        flat = torch.frombuffer(self.lease.view(), dtype=dtype, count=numel, offset=offset)
-        return flat.as_strided(shape, stride)
+        return self._compute.tensor(self.lease, offset, shape, stride, dtype)
 
 
 class DeviceTier:
     """The device memory of one wrapped model. Not thread-safe: the owner serialises.
 
     Attributes:
+        device: the core's.
         next_use: position of each slab's next use among the predicted uses.
         relieve: makes a user of memory let go; False when there is none.
     """
 
     def __init__(
         self,
-        device: _native.Device,
+        compute: ComputeDevice,
         home: _native.DeviceArena | None,
         ring: _native.DeviceArena,
         mover: Mover,
     ) -> None:
-        """Copy slabs of `mover`, whose arenas are pinned for `device`."""
-        self.device = device
+        """Copy slabs of `mover`, whose arenas are pinned for the device."""
+        self._compute = compute
+        self.device = compute.native
         self.home = home
         self.ring = ring
         self.next_use: dict[Slab, int] = {}
         self.relieve: Callable[[], bool] = lambda: False
         self._mover = mover
-        self._transfers = _native.DeviceTransfers(device)
+        self._transfers = _native.DeviceTransfers(self.device)
         self._copies: dict[Slab, DeviceCopy] = {}
         self._reading: dict[Slab, _native.DeviceTransfer] = {}
         """Copies to the device that may still read host memory, oldest first."""
@@ -100,6 +98,7 @@ class DeviceTier:
             self._mover.fetch(slab)
             copy = self._start(slab, self._take(slab))
         if copy.arrival is not None:
+            self._compute.follow()
             copy.arrival.wait_stream("compute")
             copy.arrival = None
         return copy
@@ -123,7 +122,8 @@ class DeviceTier:
         """Return memory for `slab`, which is locked, to be filled by the compute stream."""
         copy = self._copies.get(slab)
         if copy is None:
-            copy = self._copies[slab] = DeviceCopy(self._take(slab))
+            copy = self._copies[slab] = DeviceCopy(self._compute, self._take(slab))
+            self._compute.follow()
             copy.lease.acquire("compute")
         return copy
 
@@ -134,7 +134,7 @@ class DeviceTier:
     def _start(self, slab: Slab, lease: _native.DeviceLease) -> DeviceCopy:
         if slab.lease is None:
             raise OffloadError(f"{slab.name} is not in host memory (internal error)")
-        copy = DeviceCopy(lease)
+        copy = DeviceCopy(self._compute, lease)
         copy.arrival = self._transfers.fetch(lease, slab.lease, slab.nbytes)
         self._copies[slab] = copy
         self._reading.pop(slab, None)
@@ -163,6 +163,7 @@ class DeviceTier:
 
     def _send(self, slab: Slab, copy: DeviceCopy, to_disk: bool) -> None:
         """Start copying to the slab, and on from there; nothing waits for it here."""
+        self._compute.follow()
         computed = self.device.record("compute")
         on_disk = to_disk and slab.swap_object is not None
         store, swap_object = (self._mover.store, slab.swap_object) if on_disk else (None, None)
@@ -262,6 +263,19 @@ class DeviceTier:
                 f"and {room} of the device budget are for what comes and goes; materialize() one "
                 "of its modules at a time, or raise Budget(device=...)"
             )
+
+    def counters(self) -> dict[str, int]:
+        """Return what the device's arenas hold at the moment, in bytes, and what was copied."""
+        usages = [arena.usage() for arena in (self.home, self.ring) if arena is not None]
+        stats = self.device.stats()
+        return {
+            "device_budget_bytes": sum(usage["budget"] for usage in usages),
+            "device_in_use_bytes": sum(usage["in_use"] for usage in usages),
+            "device_peak_bytes": sum(usage["peak"] for usage in usages),
+            "to_device_bytes": stats["h2d_bytes"],
+            "to_host_bytes": stats["d2h_bytes"],
+            "device_host_waits": stats["host_waits"],
+        }
 
     def close(self) -> None:
         """Wait for what is in flight and give up all copies."""

@@ -1,7 +1,7 @@
 """GradHandle: what ``p.grad`` is while the gradient's bytes live in a slab or on disk.
 
-A tensor of the gradient's shape and dtype without memory of its own. The operations of an ordinary
-training loop cost no pass over the bytes: a norm was computed while they were in memory, a
+A tensor of the gradient's shape, dtype and device without memory of its own. The operations of an
+ordinary training loop cost no pass over the bytes: a norm was computed while they were in memory, a
 multiplication by a scalar (clipping, unscaling) is kept as a factor and applied by the update,
 zeroing is noted. Any other operation works on a real copy, which an in-place operation stores
 back; one that returns a view makes the gradient an ordinary tensor until it is next accumulated or
@@ -77,7 +77,8 @@ class GradState:
         with context.lock:
             if order not in self.norms:
                 context.gradients.norm_orders.add(order)
-                self.norms[order] = torch.linalg.vector_norm(self._view(), order)
+                value = self._view().to(self.owner.device)
+                self.norms[order] = torch.linalg.vector_norm(value, order)
             return self.norms[order].clone()
 
     def note_norms(self, view: torch.Tensor, orders: set[float]) -> None:
@@ -91,10 +92,11 @@ class GradState:
         if self.real is not None:
             return self.real
         if self.zero:
-            value = torch.zeros(self.owner.shape, dtype=self.owner.dtype)
+            owner = self.owner
+            value = torch.zeros(owner.shape, dtype=owner.dtype, device=owner.device)
         else:
             with self.owner.context.lock:
-                value = self._view().clone()
+                value = self._view().to(self.owner.device, copy=True)
         for factor in self.factors:
             value.mul_(factor)
         return value
@@ -137,7 +139,12 @@ class GradHandle(torch.Tensor):
         """Make a handle with the shape, strides and dtype of the gradient."""
         owner = state.owner
         handle: GradHandle = torch.Tensor._make_wrapper_subclass(
-            cls, owner.shape, strides=owner.stride, dtype=owner.dtype, requires_grad=False
+            cls,
+            owner.shape,
+            strides=owner.stride,
+            dtype=owner.dtype,
+            device=owner.device,
+            requires_grad=False,
         )
         handle._state = state
         return handle

@@ -212,8 +212,8 @@ def _own_memory(
         return value
     if value.untyped_storage().data_ptr() not in context.pointers.by_address:
         return value
-    if context.reading_out:
-        return value.detach().clone()
+    if context.reading_out:  # of a device: all of the model need not fit there
+        return value.detach().to("cpu", copy=True)
     alias = whole.get(value.data_ptr())
     if alias is not None and value.shape == alias.shape and value.stride() == alias.stride():
         return alias

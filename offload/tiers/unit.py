@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from offload.errors import SpilledTensorError
+from offload.tiers.compute_device import CPU
 from offload.tiers.grad_handle import GradHandle, GradState
 from offload.tiers.slab import Slab
 from offload.tiers.spent_grad import SpentGrad
@@ -79,7 +80,9 @@ class OffloadedParam:
     Attributes:
         name: its qualified name in the model.
         shape, stride, dtype: of the parameter; a stride that is not dense became contiguous.
-        given_dtype: of the model's parameter before it was wrapped and after it was unwrapped.
+        given_dtype, given_device: of the model's parameter before it was wrapped and after it was
+            unwrapped.
+        device: where it is used.
         offset: bytes from the start of the parameter slab, and of the gradient slab if trainable.
         trainable: whether it required a gradient when the model was wrapped.
     """
@@ -87,21 +90,33 @@ class OffloadedParam:
     context: RuntimeContext  # set when the model is taken over
 
     def __init__(
-        self, param: torch.nn.Parameter, name: str, dtype: torch.dtype | None = None
+        self,
+        param: torch.nn.Parameter,
+        name: str,
+        dtype: torch.dtype | None = None,
+        device: torch.device = CPU,
     ) -> None:
-        """Describe `param` as it is now; `dtype`: that it will have, if another one."""
+        """Describe `param` as it is now.
+
+        Args:
+            param: of the model.
+            name: its qualified name.
+            dtype: that it will have; None: the one it has.
+            device: where it will be used.
+        """
         self.param = param
         self.name = name
         self.unit: Unit
         self.shape = tuple(param.shape)
         self.numel = param.numel()
-        self.given_dtype = param.dtype
+        self.given_dtype, self.given_device = param.dtype, param.device
+        self.device = device
         self.dtype = dtype or param.dtype
         self.stride = tuple(param.stride() if _is_dense(param) else _contiguous_stride(param.shape))
         self.nbytes = param.numel() * self.dtype.itemsize
         self.offset = 0
         self.trainable = param.requires_grad
-        self.placeholder = _scalar(self.dtype).expand(self.shape)
+        self.placeholder = _scalar(self.dtype, device).expand(self.shape)
         self.accumulate_grad: Any = None  # keeps the node, and with it our hook, alive
 
     def take_over(self) -> None:
@@ -249,6 +264,7 @@ def _contiguous_stride(shape: torch.Size) -> tuple[int, ...]:
     return tuple(reversed(stride))
 
 
-def _scalar(dtype: torch.dtype) -> torch.Tensor:
+def _scalar(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """NaN, where the type has one: what code that bypasses torch functions would compute with."""
-    return torch.tensor(math.nan if dtype.is_floating_point or dtype.is_complex else 0, dtype=dtype)
+    value = math.nan if dtype.is_floating_point or dtype.is_complex else 0
+    return torch.full((), value, dtype=dtype, device=device)

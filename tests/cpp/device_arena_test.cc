@@ -155,6 +155,70 @@ TEST_CASE_TEMPLATE("What is given back is poisoned, after its last use", Kind, O
   CHECK(device->conflicts() == 0);
 }
 
+TEST_CASE_TEMPLATE("An arena over memory of others keeps it until all is done", Kind,
+                   OFFLOAD_DEVICES) {
+  const auto device = Kind::make();
+  if (!device) return;
+  const auto host = pinned_arena(*device, kMiB);
+  // Whose memory it is does not matter to who adopts it: a second device has allocated it.
+  const auto other = Kind::make();
+  auto memory = std::make_shared<DeviceMemory>(must(other->allocate(8 * kUnit + 100)));
+  const std::weak_ptr<DeviceMemory> watched = memory;
+  const Lease back = must_allocate(*host, kUnit);
+  {
+    std::byte* const data = memory->data();
+    DeviceMemory part = must(device->adopt(data, 8 * kUnit + 100, std::move(memory)));
+    must(device->fill(data, 0x11, kUnit, StreamId::kCompute));
+    auto arena = must(DeviceArena::create_over(device, std::move(part)));
+    CHECK(arena->capacity() == 8 * kUnit);
+    CHECK(device->adopt(data + kUnit, kUnit, nullptr).status().code() == Code::kInvalid);
+    auto lease = must_lease(*arena, kUnit, "first");
+    CHECK(lease->data() == data);
+    // Ordered after the fill, which came before there was an arena.
+    must(lease->acquire(StreamId::kD2h));
+    must(device->copy_d2h(back.data(), lease->data(), kUnit, StreamId::kD2h));
+    lease->note_use(must(device->record(StreamId::kD2h)));
+    arena.reset();
+    CHECK_FALSE(watched.expired());  // the lease keeps it
+  }
+  CHECK(watched.expired());
+  CHECK(device->conflicts() == 0);
+  CHECK(all_bytes_are(back.data(), kUnit, 0x11));
+  const DeviceMemory own = must(device->allocate(4 * kUnit));
+  CHECK(device->adopt(own.data() + kUnit, kUnit, nullptr).status().code() == Code::kInvalid);
+  CHECK(device->adopt(nullptr, kUnit, nullptr).status().code() == Code::kInvalid);
+}
+
+TEST_CASE("Memory of others must begin where leases may") {
+  const auto device = simulated(Pace::kEarliest);
+  const auto other = simulated(Pace::kEarliest);
+  const DeviceMemory memory = must(other->allocate(4 * kUnit));
+  const auto refused = [&](std::uint64_t offset, std::uint64_t nbytes) {
+    auto part = must(device->adopt(memory.data() + offset, nbytes, nullptr));
+    return DeviceArena::create_over(device, std::move(part)).status().code();
+  };
+  CHECK(refused(64, 2 * kUnit) == Code::kInvalid);
+  CHECK(refused(0, kUnit - 1) == Code::kInvalid);
+  CHECK(refused(kUnit, kUnit) == Code::kOk);
+}
+
+TEST_CASE("The order after what was done in memory of others is needed") {
+  const auto device = simulated(Pace::kLatest);
+  const auto other = simulated(Pace::kEarliest);
+  const auto host = pinned_arena(*device, kMiB);
+  const DeviceMemory memory = must(other->allocate(kUnit));
+  device->omit_waits(DeviceArena::kReuse);
+  auto part = must(device->adopt(memory.data(), kUnit, nullptr));
+  must(device->use(StreamId::kCompute, {memory.data(), kUnit, AccessKind::kWrite}, "earlier"));
+  const auto arena = must(DeviceArena::create_over(device, std::move(part)));
+  const auto lease = must_lease(*arena, kUnit, "later");
+  const Lease source = must_allocate(*host, kUnit);
+  must(lease->acquire(StreamId::kH2d));
+  CHECK(names_both(
+      device->copy_h2d(lease->data(), source.data(), kUnit, StreamId::kH2d, lease->label()),
+      "earlier", "later"));
+}
+
 TEST_CASE("A conflict that a dropped lease finds fails the next call") {
   const auto device = simulated(Pace::kLatest);
   const auto arena = device_arena(device, 8 * kUnit, true);

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from computing_on import has_cuda, is_cuda, on_device
 
-from offload.planner import UnitSpec
-from offload.policy import Policy
-from offload.runtime.resources import Resources
+from offload.errors import UnsupportedError
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats itself then
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--device",
         default="cpu",
-        help='where wrapped models compute, as Policy.device: "simulated:latest", say',
+        help='where models compute, as Policy.device: "simulated:latest" or "cuda", say',
     )
     parser.addoption("--slow", action="store_true", help="run the tests marked slow")
     parser.addoption(
@@ -26,21 +28,35 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 @pytest.fixture(autouse=True)
-def on_the_device(pytestconfig: pytest.Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With --device: wrapped models compute there, with room for three of their largest units."""
+def on_the_device(pytestconfig: pytest.Config, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """With --device: models compute there, wrapped ones with room for three large units."""
     device = pytestconfig.getoption("--device")
     if device == "cpu":
+        yield
         return
-    plan = Resources.__init__
+    with on_device(device, monkeypatch):
+        yield
 
-    def plan_with_device(self: Resources, policy: Policy, specs: Sequence[UnitSpec]) -> None:
-        flat = [unit.param_bytes + unit.grad_bytes for unit in specs if not unit.nested]
-        nested = [unit.param_bytes + unit.grad_bytes for unit in specs if unit.nested]
-        nbytes = 3 * max(flat, default=0) + sum(nested)
-        budget = dataclasses.replace(policy.budget, device=nbytes)
-        plan(self, dataclasses.replace(policy, device=device, budget=budget), specs)
 
-    monkeypatch.setattr(Resources, "__init__", plan_with_device)
+@pytest.fixture
+def on_cuda(pytestconfig: pytest.Config, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Models compute on the CUDA device, as with --device cuda; of tests marked gpu."""
+    if is_cuda(pytestconfig.getoption("--device")):
+        yield
+        return
+    with on_device("cuda", monkeypatch):
+        yield
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, Any, Any]:
+    """With --device cuda, skip what is refused there by name."""
+    try:
+        return (yield)
+    except UnsupportedError as error:
+        if is_cuda(pyfuncitem.config.getoption("--device")) and "on cuda" in str(error):
+            pytest.skip(str(error))
+        raise
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -49,20 +65,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         reasons["slow"] = "slow: give --slow"
     if config.getoption("--nvme") is None:
         reasons["nvme"] = "measures a disk: give --nvme DIR"
-    if config.getoption("--device") != "cpu":
+    device = config.getoption("--device")
+    if device != "cpu":
         reasons["own_device"] = "says itself where models compute: give no --device"
+    if is_cuda(device) and not has_cuda():
+        for item in items:
+            item.add_marker(pytest.mark.skip(reason=f"--device {device}: no CUDA device"))
     if any("gpu" in item.keywords for item in items) and not has_cuda():
         reasons["gpu"] = "no CUDA device"
     for item in items:
         for marker, reason in reasons.items():
             if marker in item.keywords:
                 item.add_marker(pytest.mark.skip(reason=reason))
-
-
-def has_cuda() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -11,8 +11,10 @@ import pytest
 import torch
 import training as t
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import offload
+from offload.checkpoint.safetensors_file import stored_tensors
 
 save_file: Callable[..., None] = pytest.importorskip("safetensors.torch").save_file
 
@@ -282,3 +284,31 @@ def test_a_graph_from_before_is_not_differentiated_with_other_weights(tmp_path: 
         offload.load_weights(model, tmp_path)
         with pytest.raises(RuntimeError, match="modified by an"):
             loss.backward()
+
+
+def test_tensors_that_the_cpu_cannot_write_to_are_copied_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a device: "meta" stands for one; what would be copied there is noted."""
+    values = torch.arange(5000.0)
+    save_file({"values": values}, tmp_path / "model.safetensors")
+    stored = stored_tensors(tmp_path)["values"]
+    parts: list[torch.Tensor] = []
+    monkeypatch.setattr("offload.checkpoint.safetensors_file._STAGING_BYTES", 4096)
+    with NotingCopies(parts):
+        stored.read_into(torch.empty(5000, device="meta"))
+    assert len(parts) == 5
+    assert torch.equal(torch.cat(parts), values)
+
+
+class NotingCopies(TorchDispatchMode):
+    """Notes what is copied to tensors on "meta"."""
+
+    def __init__(self, parts: list[torch.Tensor]) -> None:
+        super().__init__()
+        self.parts = parts
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.copy_.default and args[0].is_meta:
+            self.parts.append(args[1].clone())
+        return func(*args, **(kwargs or {}))

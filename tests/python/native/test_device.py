@@ -6,6 +6,7 @@ import gc
 import signal
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 
 import pytest
@@ -202,3 +203,39 @@ def test_a_tensor_on_cuda_memory() -> None:
     assert tensor.data_ptr() == lease.address
     assert torch.equal((tensor * 2).cpu(), torch.arange(1024.0) * 2)
     assert device.stats()["conflicts"] == 0
+
+
+def test_an_arena_over_a_tensor_keeps_it(setup: Setup) -> None:
+    memory = torch.zeros(4 * 512 + 512, dtype=torch.uint8)
+    start = -(-memory.data_ptr() // 512) * 512
+    known = weakref.ref(memory)
+    arena = _native.DeviceArena.over(setup.device, start, 4 * 512, memory, poison=True)
+    del memory
+    assert arena.usage()["budget"] == 4 * 512
+    lease = arena.allocate(1024, "lease")
+    assert lease.address == start
+    source = setup.host_tensor(torch.arange(256.0))
+    setup.device.copy_to_device(lease, source, 1024)
+    arrived = setup.device.record("h2d")
+    setup.device.wait("compute", arrived, "arrival")
+    lease.note_use(arrived)
+    part = torch.frombuffer(lease.view(offset=512, nbytes=64), dtype=torch.float32)
+    assert torch.equal(part, torch.arange(128.0, 144.0))
+    del arena, lease
+    gc.collect()
+    assert known() is not None
+    del part
+    gc.collect()
+    setup.device.drain()
+    assert known() is None
+    with pytest.raises(OffloadError, match="do not begin at a multiple of 512"):
+        _native.DeviceArena.over(setup.device, start + 8, 512, None)
+
+
+@pytest.mark.parametrize(("offset", "nbytes"), [(0, 0), (512, None), (500, 13), (1024, 1)])
+def test_a_view_is_a_part_of_its_lease(setup: Setup, offset: int, nbytes: int | None) -> None:
+    lease = setup.arena.allocate(512)
+    with pytest.raises(OffloadError, match="are no part of 512"):
+        lease.view(offset=offset, nbytes=nbytes)
+    assert lease.view(offset=500).nbytes == 12
+    assert lease.view(offset=500, nbytes=12).nbytes == 12
