@@ -42,25 +42,32 @@ class Resources:
         """
         self.policy = policy
         self.profiles: tuple[DiskProfile, ...] = ()
+        updates = policy.update == "device"
         must_spill = policy.budget.host_bytes < smallest_budget(specs, None)
         if must_spill or policy.moves_activations:
             self.profiles = profile_disks(policy)
         disk = self._disk_spec()
         self.plan = place(
-            specs, policy.budget.host_bytes, disk, self._activation_bytes(specs, disk)
+            specs,
+            policy.budget.host_bytes,
+            disk,
+            self._activation_bytes(specs, disk, updates),
+            updates,
         )
         self.device_plan: DevicePlan | None = None
         if policy.pace is not None:
-            self.device_plan = place_on_device(specs, policy.budget.device_bytes)
+            self.device_plan = place_on_device(specs, policy.budget.device_bytes, updates)
 
-    def _activation_bytes(self, specs: Sequence[UnitSpec], disk: DiskSpec | None) -> int:
+    def _activation_bytes(
+        self, specs: Sequence[UnitSpec], disk: DiskSpec | None, updates: bool
+    ) -> int:
         policy = self.policy
         if not policy.moves_activations:
             return 0
         if policy.activation_bytes is not None:
             nbytes = parse_bytes(policy.activation_bytes)
         else:
-            least = smallest_budget(specs, disk)
+            least = smallest_budget(specs, disk, updates)
             nbytes = activation_share(policy.activations, policy.budget.host_bytes, least)
         return page_bytes(nbytes)
 
@@ -113,7 +120,9 @@ class Resources:
         pipeline = open_pipeline(store, home, plan.staging_bytes)
         mover = Mover(home, ring, store)
         tier = self._device_tier(device, mover) if device is not None else None
-        return RuntimeContext(policy, plan, mover, pipeline, space, tier)
+        context = RuntimeContext(policy, plan, mover, pipeline, space, tier)
+        context.updates_on_device = self.device_plan is not None and self.device_plan.updates
+        return context
 
     def _open_device(self) -> _native.Device | None:
         if self.policy.pace is None:

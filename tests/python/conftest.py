@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from offload.planner import UnitSpec
+from offload.planner import UnitSpec, smallest_device_budget
 from offload.policy import Policy
 from offload.runtime.resources import Resources
 
@@ -19,6 +19,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default="cpu",
         help='where wrapped models compute, as Policy.device: "simulated:latest", say',
     )
+    parser.addoption(
+        "--update", default="cpu", help="with --device: where updates run, as Policy.update"
+    )
     parser.addoption("--slow", action="store_true", help="run the tests marked slow")
     parser.addoption(
         "--nvme", type=Path, metavar="DIR", help="run the tests marked nvme, on files in DIR"
@@ -27,8 +30,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture(autouse=True)
 def on_the_device(pytestconfig: pytest.Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With --device: wrapped models compute there, with room for three of their largest units."""
-    device = pytestconfig.getoption("--device")
+    """With --device: wrapped models compute there, with room for three of their largest units.
+
+    Where updates run there, it is the least device budget.
+    """
+    device, update = pytestconfig.getoption("--device"), pytestconfig.getoption("--update")
     if device == "cpu":
         return
     plan = Resources.__init__
@@ -37,8 +43,10 @@ def on_the_device(pytestconfig: pytest.Config, monkeypatch: pytest.MonkeyPatch) 
         flat = [unit.param_bytes + unit.grad_bytes for unit in specs if not unit.nested]
         nested = [unit.param_bytes + unit.grad_bytes for unit in specs if unit.nested]
         nbytes = 3 * max(flat, default=0) + sum(nested)
+        if update != "cpu":
+            nbytes = smallest_device_budget(specs, updates=True)
         budget = dataclasses.replace(policy.budget, device=nbytes)
-        plan(self, dataclasses.replace(policy, device=device, budget=budget), specs)
+        plan(self, dataclasses.replace(policy, device=device, budget=budget, update=update), specs)
 
     monkeypatch.setattr(Resources, "__init__", plan_with_device)
 
