@@ -63,6 +63,7 @@ class WrappedModel:
         units, specs = _lay_out(found, dtypes)
         resources = Resources(policy, specs)
         self.context = resources.open()
+        self._update_note = resources.update_note
         try:
             for unit in units:
                 for param in unit.params:
@@ -250,7 +251,9 @@ class WrappedModel:
             notes = (*notes, f"{format_bytes(in_files)} of frozen parameters stay in their files")
         if self.context.weight_files is not None:
             notes = (*notes, *self.context.weight_files.notes)
-        if self.context.updates_on_device:
+        if self._update_note:
+            notes = (*notes, self._update_note)
+        if self.context.device_units:
             notes = (*notes, self._where_updates_ran())
         return (*notes, *(self._choice.notes() if self._choice is not None else ()))
 

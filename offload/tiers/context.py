@@ -53,7 +53,7 @@ class RuntimeContext:
         resident: everything stays in memory, so parameters and gradients are ordinary tensors
             throughout: nobody has to be told of a use, and no hooks are needed.
         weight_files: what reads units from files of others; None: there are no such units.
-        updates_on_device: whether updates run on the device where it has kernels for them.
+        device_units: indices of the units whose updates run on the device, where it has kernels.
         reading_out: detach() of a spilled parameter returns a copy (state_dict is being made).
         saved_hooks: a context in which autograd saves no parameter that is about to be detached.
     """
@@ -85,7 +85,7 @@ class RuntimeContext:
         self.mover.find_place = self._place_for
         self.weight_files: WeightFiles | None = None
         self.updates = Updates(mover, pipeline, device)
-        self.updates_on_device = False
+        self.device_units: frozenset[int] = frozenset()
         self.prefetcher = Prefetcher(plan, mover, self.updates, device)
         self.units: list[Unit] = []
         self.gradients = Gradients(self)
@@ -275,7 +275,7 @@ class RuntimeContext:
         held_elsewhere = unit.attached and self.scopes.others_hold(unit)
         if not held_elsewhere:
             self.detach(unit)
-            on_device = self.updates.on_device if self.updates_on_device else None
+            on_device = self.updates.on_device if unit.index in self.device_units else None
             job.on_device = on_device is not None and on_device.can_run(job)
             if self.device is not None and not job.on_device:
                 self.device.drop(unit.param_slab)

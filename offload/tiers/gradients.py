@@ -171,7 +171,7 @@ class Gradients:
             unit.unconsumed |= taken
             if not complete or len(taken) < len(unit.arrived):
                 self._store_grads(unit)
-            if not self._context.updates_on_device:
+            if unit.index not in self._context.device_units:
                 self.come_home(unit, to_disk=False)
             unit.expected = len(unit.arrived)
             unit.arrived = set()

@@ -12,6 +12,8 @@ import torch
 from torch import nn
 
 import offload
+from offload.planner import UpdateRates
+from offload.runtime import resources
 from offload.runtime.wrapped import wrapped
 from offload.tiers.context import RuntimeContext
 from offload.tiers.device_tier import DeviceTier
@@ -357,6 +359,49 @@ def test_an_interrupted_update_is_taken_once(
     assert interruptions == 1
     for a, b in zip(model.state_dict().values(), plain.state_dict().values(), strict=True):
         assert torch.equal(a, b)
+
+
+def rates(**changed: float) -> UpdateRates:
+    given = {"cpu": 1e9, "kernel": 1e12, "to_device": 1e9, "to_host": 1e9}
+    return UpdateRates(**{**given, **changed})
+
+
+@pytest.mark.parametrize("pace", PACES)
+def test_auto_shares_them_out(pace: str, tmp_path: Path) -> None:
+    """Whatever is measured, the bits are the same."""
+    options = {"update": "auto", "max_unit_bytes": "150KiB", "io_block_bytes": 1 << 16}
+    budget = offload.Budget(host="8MiB", device="8MiB")
+    policy = offload.Policy(budget, device=pace, swap_dir=tmp_path, debug=True, **options)
+    model = offload.wrap(make(), policy)
+    assert same(train(model), train(make()))
+    assert any("GB/s on the CPU" in note for note in offload.report(model).notes)
+    assert tier_of(model).device.stats()["conflicts"] == 0
+
+
+def test_auto_runs_them_on_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resources, "measure_update_rates", lambda *_: rates())
+    budget = offload.Budget(host="8MiB", device="8MiB")
+    policy = offload.Policy(
+        budget, device="simulated:latest", swap_dir=tmp_path, debug=True, update="auto",
+        max_unit_bytes="150KiB", io_block_bytes=1 << 16,
+    )  # fmt: skip
+    model = offload.wrap(make(), policy)
+    assert same(train(model), train(make()))
+    counters = offload.report(model).counters
+    assert min(counters["updates"], counters["device_updates"]) > 0
+
+
+def test_auto_without_room_leaves_them_to_the_cpu(tmp_path: Path) -> None:
+    options = {"max_unit_bytes": "150KiB", "io_block_bytes": 1 << 16, "swap_dir": tmp_path}
+    host, device = least("simulated", torch.float32, **options)
+    model = offload.wrap(
+        make(),
+        offload.Policy(
+            offload.Budget(host=host, device=device), device="simulated", update="auto", **options
+        ),
+    )
+    assert not context_of(model).device_units
+    assert any("they would need Budget(host=" in note for note in offload.report(model).notes)
 
 
 def test_budgets_without_room_for_updates_are_refused_with_the_least(tmp_path: Path) -> None:
