@@ -546,6 +546,7 @@ class DeviceTransfer:
     def wait_stream(self, stream: Stream = "compute") -> None:
         """Make the stream wait for the copy; the host does not wait for it.
 
+        After a fetch the stream may then use the device lease, after a spill it may change it.
         Blocks until the copy is issued, which counts as a stall. Raises the error that ended the
         transfer before.
         """
@@ -755,24 +756,27 @@ def measure_disk(dir: str, seconds: float = 2.0) -> dict[str, Any]:
 gather_chunk: int  # elements of a tensor for which device_gather needs one partial sum
 gather_tensors: int  # the most that one device_gather takes
 
+def has_device_update(
+    device: Device, format: UpdateFormat, segments: Sequence[UpdateSegment]
+) -> bool:
+    """Return whether `device_update` can do it."""
+
 def device_update(
     device: Device,
-    hyper: UpdateHyper,
     format: UpdateFormat,
-    factors: Sequence[float],
+    segments: Sequence[UpdateSegment],
     param: int,
     grad: int,
     master: int,
     states: Sequence[int],
     scales: Sequence[int],
-    n: int,
     label: str = "",
 ) -> None:
-    """Submit one step of Adam or AdamW, in place, to the compute stream.
+    """Submit one step of Adam or AdamW on a unit, in place, to the compute stream; all or nothing.
 
-    Arrays are in the device's memory, given by address, as for `update`. States are fp32 or int8,
-    bits those of `update` with IEEE square roots; raises UnsupportedError for other rules, formats
-    and square roots.
+    Arrays are in the device's memory, given by the address of the unit's element 0; `master` is 0
+    for fp32 parameters. States are fp32 or int8, bits those of `update`. Raises UnsupportedError
+    for other rules and formats, and on a GPU for square roots that are not IEEE's.
     """
 
 def device_gather(

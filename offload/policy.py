@@ -30,6 +30,8 @@ _SIMULATED: dict[str, Pace] = {
 }
 ACTIVATIONS = ("keep", "host", "disk", "recompute", "auto")
 """What ``Policy.activations`` may be."""
+UPDATES = ("cpu", "device", "auto")
+"""What ``Policy.update`` may be."""
 PARAM_DTYPES = ("torch.bfloat16", "torch.float16")
 """What ``Policy.param_dtype`` may be, as torch prints it: this module does not see torch."""
 _CUDA = re.compile(r"cuda(:[0-9]+)?")
@@ -73,8 +75,9 @@ class Budget:
             that the runtime holds, as an int or a string such as "20GiB". Activations that autograd
             keeps are not part of it.
         disk: bytes of the swap directory; None: what the filesystem has.
-        device: bytes of the device's memory for parameters and gradients in use; refused while
-            ``Policy.device`` is "cpu", where the device is the host.
+        device: bytes of the device's memory for parameters and gradients in use, and for optimizer
+            state where updates run there; refused while ``Policy.device`` is "cpu", where the
+            device is the host.
     """
 
     host: int | str
@@ -125,8 +128,8 @@ class Policy:
             released together. None: found automatically; each expert of a mixture that keeps its
             experts in a ``ModuleList`` or ``ModuleDict`` is one.
         max_unit_bytes: a block found automatically is split into its child modules while it is
-            larger than this. None: 1/24 of the host budget, and at most 1/6 of the device's, so
-            that several units fit at once.
+            larger than this. None: 1/24 of the host budget, and at most 1/6 of the device's (1/16
+            where updates may run there), so that several units fit at once.
         io_engine: "auto" (io_uring where the kernel offers it, threads elsewhere), "io_uring" or
             "threads".
         queue_depth: I/O requests in flight at the most, in each swap directory.
@@ -143,6 +146,12 @@ class Policy:
         lazy_step: let ``offload.AdamW.step()`` return at once, the update of each unit being done
             in the background before that unit is next used. False: ``step()`` returns when all
             is updated. The results are the same bits.
+        update: where optimizer updates run: "cpu", or "device", to which parameters, gradients and
+            states are then brought: those of ``offload.Adam`` and ``AdamW`` without amsgrad, with
+            states in fp32 or int8; others stay on the CPU, and ``report`` says so. The results are
+            the same bits. A unit needs room on the device for all of its state. "auto": as many
+            units on either side as make both end soonest, by rates measured in ``wrap``; on the
+            CPU where there is no device, or no room.
         activations: what becomes of the tensors that autograd saves between the forward and the
             backward (`docs/activations.md`). "keep": autograd keeps them, outside of every
             budget. "host": they are moved to ``activation_bytes`` of the host budget, and what does
@@ -171,6 +180,7 @@ class Policy:
     encrypt_swap: bool = False
     param_dtype: object | None = None
     lazy_step: bool = True
+    update: str = "cpu"
     activations: str = "keep"
     activation_bytes: int | str | None = None
     debug: bool = False
@@ -193,6 +203,15 @@ class Policy:
             raise PolicyError(
                 'Budget(device=...) has no meaning with Policy(device="cpu"): device and host are '
                 "the same memory; give Budget(host=...) alone"
+            )
+        if self.update not in UPDATES:
+            raise PolicyError(
+                f"Policy(update={self.update!r}): expected one of {', '.join(UPDATES)}"
+            )
+        if self.update == "device" and self.device == "cpu":
+            raise PolicyError(
+                'Policy(update="device") needs a device, and Policy(device="cpu") has none: give '
+                'update="cpu" or "auto"'
             )
         if self.io_engine not in ("auto", "io_uring", "threads"):
             raise PolicyError(
@@ -293,4 +312,5 @@ class Policy:
             return parse_bytes(self.max_unit_bytes, "Policy(max_unit_bytes=...)")
         if self.device_name == "cpu":
             return self.budget.host_bytes // 24
-        return min(self.budget.host_bytes // 24, self.budget.device_bytes // 6)
+        share = 6 if self.update == "cpu" else 16
+        return min(self.budget.host_bytes // 24, self.budget.device_bytes // share)

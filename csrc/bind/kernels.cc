@@ -5,16 +5,19 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "bind/bindings.h"
 #include "bind/errors.h"
 #include "bind/formats.h"
 #include "device/device.h"
+#include "stream/update_job.h"
 
 namespace py = pybind11;
 
@@ -35,37 +38,82 @@ void check_arrays(const UpdateFormat& format, std::uintptr_t master, std::size_t
   }
 }
 
-void device_update(Device& device, const RuleHyper& hyper, const UpdateFormat& format,
-                   const std::vector<float>& factors, std::uintptr_t param, std::uintptr_t grad,
-                   std::uintptr_t master, const std::vector<std::uintptr_t>& states,
-                   const std::vector<std::uintptr_t>& scales, std::size_t n,
-                   const std::string& label) {
-  check_arrays(format, master, states.size(), scales.size());
+// Whether the device has kernels for all of it.
+bool has_device_update(const Device& device, const UpdateFormat& format,
+                       const std::vector<UpdateSegment>& segments) {
+  return std::all_of(segments.begin(), segments.end(), [&](const UpdateSegment& segment) {
+    return kernels::check_adam(segment.hyper, format, segment.factors.size()).is_ok() &&
+           (device.computes_on_host() || kernels::can_launch_adam(segment.hyper, format));
+  });
+}
+
+// Addresses are of the unit's element 0.
+struct UnitArrays {
+  std::uintptr_t param;
+  std::uintptr_t grad;
+  std::uintptr_t master;
+  std::vector<std::uintptr_t> states;
+  std::vector<std::uintptr_t> scales;
+};
+
+UpdateArrays arrays_of(const UnitArrays& unit, const UpdateFormat& format,
+                       const UpdateSegment& segment, std::vector<Access>& accesses) {
+  const std::size_t n = segment.end - segment.begin;
+  const auto part = [&](std::uintptr_t address, std::size_t width, AccessKind kind) {
+    std::byte* const data = at(address) + segment.begin * width;
+    accesses.push_back({data, n * width, kind});
+    return data;
+  };
   const std::size_t element = element_bytes(format.param);
   UpdateArrays arrays;
   arrays.n = n;
-  arrays.param = arrays.param_out = at(param);
-  arrays.master = arrays.master_out = reinterpret_cast<float*>(master);
-  arrays.grad = at(grad);
-  std::vector<Access> accesses = {{at(grad), n * element, AccessKind::kRead},
-                                  {at(param), n * element, AccessKind::kWrite}};
-  if (master != 0) accesses.push_back({at(master), n * sizeof(float), AccessKind::kWrite});
-  for (std::size_t k = 0; k < states.size(); ++k) {
-    arrays.state[k] = arrays.state_out[k] = at(states[k]);
-    accesses.push_back({at(states[k]), n * element_bytes(format.state), AccessKind::kWrite});
-    if (k >= scales.size()) continue;
-    arrays.scale[k] = arrays.scale_out[k] = reinterpret_cast<float*>(scales[k]);
-    const std::size_t blocks = (n + kQuantBlock - 1) / kQuantBlock;
-    accesses.push_back({at(scales[k]), blocks * sizeof(float), AccessKind::kWrite});
+  arrays.grad = part(unit.grad, element, AccessKind::kRead);
+  arrays.param = arrays.param_out = part(unit.param, element, AccessKind::kWrite);
+  if (format.has_master()) {
+    arrays.master = arrays.master_out =
+        reinterpret_cast<float*>(part(unit.master, sizeof(float), AccessKind::kWrite));
   }
-  const kernels::AdamTask task =
-      take(kernels::make_adam_task(hyper, format, {factors.data(), factors.size()}, arrays));
+  for (std::size_t k = 0; k < unit.states.size(); ++k) {
+    arrays.state[k] = arrays.state_out[k] =
+        part(unit.states[k], element_bytes(format.state), AccessKind::kWrite);
+  }
+  for (std::size_t k = 0; k < unit.scales.size(); ++k) {
+    auto* const scales = reinterpret_cast<float*>(unit.scales[k]) + segment.begin / kQuantBlock;
+    arrays.scale[k] = arrays.scale_out[k] = scales;
+    accesses.push_back({reinterpret_cast<std::byte*>(scales),
+                        (n + kQuantBlock - 1) / kQuantBlock * sizeof(float), AccessKind::kWrite});
+  }
+  return arrays;
+}
+
+void device_update(Device& device, const UpdateFormat& format,
+                   const std::vector<UpdateSegment>& segments, std::uintptr_t param,
+                   std::uintptr_t grad, std::uintptr_t master, std::vector<std::uintptr_t> states,
+                   std::vector<std::uintptr_t> scales, const std::string& label) {
+  check_arrays(format, master, states.size(), scales.size());
+  const UnitArrays unit{param, grad, master, std::move(states), std::move(scales)};
+  std::vector<kernels::AdamTask> tasks;
+  std::vector<Access> accesses;
+  for (const UpdateSegment& segment : segments) {
+    if (segment.end < segment.begin ||
+        (format.state == StateFormat::kInt8 && segment.begin % kQuantBlock != 0)) {
+      raise(Status::error(Code::kInvalid,
+                          "a segment of an update ends before it begins, or has "
+                          "8-bit states and begins inside of a block"));
+    }
+    tasks.push_back(take(kernels::make_adam_task(segment.hyper, format,
+                                                 {segment.factors.data(), segment.factors.size()},
+                                                 arrays_of(unit, format, segment, accesses))));
+  }
   check(unlocked([&] {
     return device.launch(StreamId::kCompute, accesses, "update", label, [&](std::uintptr_t stream) {
-      if (!device.computes_on_host()) {
-        return kernels::launch_adam(task, format.state, stream);
+      for (const kernels::AdamTask& task : tasks) {
+        if (device.computes_on_host()) {
+          kernels::run_adam(task, format.state);
+        } else {
+          OFFLOAD_RETURN_IF_ERROR(kernels::launch_adam(task, format.state, stream));
+        }
       }
-      kernels::run_adam(task, format.state);
       return Status::ok();
     });
   }));
@@ -111,9 +159,11 @@ void device_gather(Device& device, const std::vector<Tensor>& tensors, const std
 }  // namespace
 
 void bind_kernels(py::module_& m) {
-  m.def("device_update", &device_update, py::arg("device"), py::arg("hyper"), py::arg("format"),
-        py::arg("factors"), py::arg("param"), py::arg("grad"), py::arg("master"), py::arg("states"),
-        py::arg("scales"), py::arg("n"), py::arg("label") = "");
+  m.def("has_device_update", &has_device_update, py::arg("device"), py::arg("format"),
+        py::arg("segments"));
+  m.def("device_update", &device_update, py::arg("device"), py::arg("format"), py::arg("segments"),
+        py::arg("param"), py::arg("grad"), py::arg("master"), py::arg("states"), py::arg("scales"),
+        py::arg("label") = "");
   m.def("device_gather", &device_gather, py::arg("device"), py::arg("tensors"), py::kw_only(),
         py::arg("from_type"), py::arg("to_type"), py::arg("scale") = 1.0f, py::arg("add") = false,
         py::arg("slab"), py::arg("partial"), py::arg("sum_squares"), py::arg("nonfinite"),

@@ -347,6 +347,15 @@ Status Device::hand_over_host(const std::byte* data, std::uint64_t nbytes, const
   return found(checker_->hand_over(data, nbytes, known, "use by the host", label));
 }
 
+Status Device::end_host_reads(const std::byte* data, std::uint64_t nbytes, const Event& after,
+                              std::string_view label) {
+  if (after == nullptr) return hand_over_host(data, nbytes, after, label);
+  const Result<Lock> lock = enter("use");
+  if (!lock.is_ok()) return lock.status();
+  if (checker_ != nullptr) checker_->forget_reads(data, nbytes, after->clock_);
+  return Status::ok();
+}
+
 Status Device::set_compute_stream(std::uintptr_t handle) {
   const Result<Lock> lock = enter("change of the compute stream");
   if (!lock.is_ok()) return lock.status();

@@ -131,6 +131,10 @@ class Device : public std::enable_shared_from_this<Device> {
   // has no history: whoever is told of it comes later.
   Status hand_over_host(const std::byte* data, std::uint64_t nbytes, const Event& after,
                         std::string_view label);
+  // The same after a copy from it, where others may have been submitted since: of what was not
+  // waited for it keeps the history. A null `after` hands the memory over.
+  Status end_host_reads(const std::byte* data, std::uint64_t nbytes, const Event& after,
+                        std::string_view label);
 
   // Work of the compute stream goes to this stream of the device's own (a cudaStream_t; 0: the
   // default one) from now on, after all that went to the former. kInvalid where there is no other.

@@ -153,6 +153,23 @@ void OrderChecker::merge(std::uintptr_t begin, std::uintptr_t end) {
   }
 }
 
+void OrderChecker::forget_reads(const std::byte* data, std::uint64_t nbytes, const Clock& known) {
+  const auto begin = reinterpret_cast<std::uintptr_t>(data);
+  split(begin);
+  split(begin + nbytes);
+  auto at = segments_.lower_bound(begin);
+  while (at != segments_.end() && at->first < begin + nbytes) {
+    Segment& segment = at->second;
+    for (Op& read : segment.reads) {
+      if (ordered(read, known)) read = nullptr;
+    }
+    const bool is_read = std::any_of(segment.reads.begin(), segment.reads.end(),
+                                     [](const Op& read) { return read != nullptr; });
+    const bool is_free = !is_read && (segment.write == nullptr || segment.write->agent == kHost);
+    at = is_free ? segments_.erase(at) : std::next(at);
+  }
+}
+
 void OrderChecker::forget(const std::byte* data, std::uint64_t nbytes) {
   const auto begin = reinterpret_cast<std::uintptr_t>(data);
   split(begin);

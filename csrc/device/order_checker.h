@@ -57,6 +57,8 @@ class OrderChecker {
   // then the memory changes hands: it has no history any more. kUnordered as for operation().
   Status hand_over(const std::byte* data, std::uint64_t nbytes, const Clock& known,
                    const char* what, std::string_view label);
+  // The reads of [data, data + nbytes) that `known` has are complete, and need no wait any more.
+  void forget_reads(const std::byte* data, std::uint64_t nbytes, const Clock& known);
   // Forgets [data, data + nbytes): the memory is gone.
   void forget(const std::byte* data, std::uint64_t nbytes);
 

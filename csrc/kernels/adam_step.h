@@ -2,7 +2,7 @@
 // optim/update_scalar.cc and optim/block_quant.cc in their order, for the host and for a device.
 //
 // REQUIRES on a device: no contraction (-fmad=false), divisions and square roots correctly rounded,
-// denormal numbers kept. The square root is IEEE's: SqrtRule other than kIeee is the CPU's. Pure.
+// denormal numbers kept, and SqrtRule::kIeee: the other square roots are the CPU's alone. Pure.
 #pragma once
 
 #include <bit>
@@ -11,6 +11,7 @@
 #include <cstdint>
 
 #include "kernels/element.h"
+#include "optim/aten_rounding.h"
 #include "optim/block_quant.h"
 #include "optim/rule_scalars.h"
 #include "optim/update_rule.h"
@@ -26,6 +27,7 @@ struct AdamScalars {
   bool maximize = false;
   bool decays_grad = false;
   bool lerp_to_grad = false;
+  SqrtRule sqrt = SqrtRule::kIeee;  // where not fused
   float weight_decay = 0;
   float param_decay = 1;
   float lerp_weight = 0;
@@ -34,6 +36,7 @@ struct AdamScalars {
   float bias_correction2_sqrt = 1;
   float eps = 0;
   float neg_step_size = 0;
+  float unscale = 1;  // of the gradient of a 16-bit parameter, in fp32
   std::uint32_t factor_count = 0;
   float factors[kMaxFactors] = {};
 };
@@ -61,10 +64,21 @@ OFFLOAD_HD inline float reciprocal(float d) {
   return y;
 }
 
-// `type` is that of the gradient, to which each product is rounded.
+OFFLOAD_HD inline float square_root(const AdamScalars& s, float x) {
+#ifdef __CUDA_ARCH__
+  return sqrtf(x);
+#else
+  if (s.fused || s.sqrt == SqrtRule::kIeee) return sqrtf(x);
+  float root;
+  sqrt_by_rule(s.sqrt, &x, &root, 1);
+  return root;
+#endif
+}
+
+// `type` is that of the gradient, to which each product with a factor is rounded.
 OFFLOAD_HD inline float scaled_grad(const AdamScalars& s, ElementType type, float g) {
   for (std::uint32_t k = 0; k < s.factor_count; ++k) g = rounded(type, g * s.factors[k]);
-  return g;
+  return type == ElementType::kFloat32 || s.unscale == 1.0f ? g : g * s.unscale;
 }
 
 OFFLOAD_HD inline void adam_step(const AdamScalars& s, float g, AdamElement& e) {
@@ -78,7 +92,7 @@ OFFLOAD_HD inline void adam_step(const AdamScalars& s, float g, AdamElement& e) 
     const float kept = e.exp_avg_sq * s.beta2;
     e.exp_avg_sq = fma_as_aten(s, s.one_minus_beta2 * g, g, kept);
   }
-  const float root = sqrtf(e.exp_avg_sq);
+  const float root = square_root(s, e.exp_avg_sq);
   const float denominator = (s.fused ? root : root / s.bias_correction2_sqrt) + s.eps;
   const float numerator = s.neg_step_size * e.exp_avg;
   if (s.fused) {

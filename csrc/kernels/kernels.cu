@@ -93,7 +93,14 @@ unsigned blocks_for(std::size_t n) {
 
 }  // namespace
 
+bool can_launch_adam(const RuleHyper& hyper, const UpdateFormat& format) {
+  return format.state == StateFormat::kInt8 || hyper.rounding.sqrt == SqrtRule::kIeee;
+}
+
 Status launch_adam(const AdamTask& task, StateFormat state, std::uintptr_t stream) {
+  if (!task.scalars.fused && task.scalars.sqrt != SqrtRule::kIeee) {
+    return Status::error(Code::kUnsupported, "the Adam kernel takes IEEE square roots only");
+  }
   if (task.arrays.n == 0) return Status::ok();
   const unsigned blocks = blocks_for(task.arrays.n);
   auto* const on = reinterpret_cast<cudaStream_t>(stream);

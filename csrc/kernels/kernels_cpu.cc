@@ -32,17 +32,20 @@ Status check_gather(const GatherTask& task) {
 
 }  // namespace
 
+Status check_adam(const RuleHyper& hyper, const UpdateFormat& format, std::size_t factor_count) {
+  const bool adam = hyper.rule == Rule::kAdam || hyper.rule == Rule::kAdamW;
+  const bool state = format.state == StateFormat::kFloat32 || format.state == StateFormat::kInt8;
+  if (adam && !hyper.amsgrad && state && factor_count <= kMaxFactors) return Status::ok();
+  return Status::error(Code::kUnsupported,
+                       "device kernels update by Adam and AdamW without amsgrad, with states of "
+                       "fp32 or 8 bits and at most " +
+                           std::to_string(kMaxFactors) + " factors");
+}
+
 Result<AdamTask> make_adam_task(const RuleHyper& hyper, const UpdateFormat& format,
                                 GradFactors factors, const UpdateArrays& arrays) {
+  OFFLOAD_RETURN_IF_ERROR(check_adam(hyper, format, factors.count));
   const bool narrow = format.state == StateFormat::kInt8;
-  const bool adam = hyper.rule == Rule::kAdam || hyper.rule == Rule::kAdamW;
-  if (!adam || hyper.amsgrad || (!narrow && format.state != StateFormat::kFloat32) ||
-      (!narrow && hyper.rounding.sqrt != SqrtRule::kIeee) || factors.count > kMaxFactors) {
-    return Status::error(Code::kUnsupported,
-                         "device kernels update by Adam and AdamW without amsgrad, with states of "
-                         "fp32 or 8 bits, IEEE square roots and at most " +
-                             std::to_string(kMaxFactors) + " factors");
-  }
   const update_internal::RuleScalars all = update_internal::make_scalars(hyper, factors, narrow);
   AdamTask task;
   task.type = format.param;
@@ -50,6 +53,8 @@ Result<AdamTask> make_adam_task(const RuleHyper& hyper, const UpdateFormat& form
   AdamScalars& s = task.scalars;
   s.fused = all.fused;
   s.fma = all.rounding.fma;
+  s.sqrt = all.rounding.sqrt;
+  s.unscale = all.unscale;
   s.maximize = all.maximize;
   s.decays_grad = all.decays_grad;
   s.lerp_to_grad = all.lerp_to_grad;
@@ -115,6 +120,10 @@ Status no_kernels() {
 }
 
 }  // namespace
+
+bool can_launch_adam(const RuleHyper&, const UpdateFormat&) {
+  return false;
+}
 
 Status launch_adam(const AdamTask&, StateFormat, std::uintptr_t) {
   return no_kernels();

@@ -43,7 +43,12 @@ Result<std::shared_ptr<SwapStore>> DeviceTransfer::store() const {
   return Status::error(Code::kClosed, "the swap store of a transfer is gone");
 }
 
-Status DeviceTransfer::host_is_free(const Status& copied, const Event& waited) {
+Status DeviceTransfer::end_fetch(const Status& copied, const Event& waited) {
+  const Status ended = device().end_host_reads(host_->data(), nbytes_, waited, device_label_);
+  return copied.is_ok() ? ended : copied;
+}
+
+Status DeviceTransfer::end_copy_to_host(const Status& copied, const Event& waited) {
   const Status free = device().hand_over_host(host_->data(), nbytes_, waited, device_label_);
   return copied.is_ok() ? free : copied;
 }
@@ -54,7 +59,7 @@ Result<std::shared_ptr<DeviceTransfer>> DeviceTransfer::fetch(std::shared_ptr<De
                                                               std::shared_ptr<DeviceLease> device,
                                                               std::uint64_t nbytes) {
   std::shared_ptr<DeviceTransfer> transfer(new DeviceTransfer(
-      std::move(events), std::move(disk), std::move(host), std::move(device), nbytes));
+      std::move(events), std::move(disk), std::move(host), std::move(device), nbytes, kArrival));
   OFFLOAD_RETURN_IF_ERROR(transfer->check());
   OFFLOAD_RETURN_IF_ERROR(transfer->has_disk() ? transfer->read_disk()
                                                : transfer->copy_to_device());
@@ -89,7 +94,7 @@ Status DeviceTransfer::copy_to_device() {
   set_issued(copied.value());
   events_->when(copied.take(),
                 [self = shared_from_this()](const Status& status, const Event& waited) {
-                  self->finish(self->host_is_free(status, waited));
+                  self->finish(self->end_fetch(status, waited));
                 });
   return Status::ok();
 }
@@ -98,7 +103,7 @@ Result<std::shared_ptr<DeviceTransfer>> DeviceTransfer::spill(
     std::shared_ptr<DeviceEvents> events, DiskEnd disk, std::shared_ptr<Lease> host,
     std::shared_ptr<DeviceLease> device, std::uint64_t nbytes, const Event& after) {
   std::shared_ptr<DeviceTransfer> transfer(new DeviceTransfer(
-      std::move(events), std::move(disk), std::move(host), std::move(device), nbytes));
+      std::move(events), std::move(disk), std::move(host), std::move(device), nbytes, kDeparture));
   OFFLOAD_RETURN_IF_ERROR(transfer->check());
   OFFLOAD_RETURN_IF_ERROR(transfer->copy_to_host(after));
   return transfer;
@@ -117,7 +122,7 @@ Status DeviceTransfer::copy_to_host(const Event& after) {
   set_issued(copied.value());
   events_->when(copied.take(),
                 [self = shared_from_this()](const Status& status, const Event& waited) {
-                  self->copied_to_host(self->host_is_free(status, waited));
+                  self->copied_to_host(self->end_copy_to_host(status, waited));
                 });
   return Status::ok();
 }
@@ -187,7 +192,7 @@ Status DeviceTransfer::make_wait(StreamId stream) const {
   if (event == nullptr) {
     return Status::error(Code::kInvalid, "the copy to the device is not issued yet");
   }
-  return device().wait(stream, event, kArrival);
+  return device().wait(stream, event, why_);
 }
 
 bool DeviceTransfer::done() const {

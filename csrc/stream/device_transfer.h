@@ -46,6 +46,7 @@ class DeviceTransfer : public std::enable_shared_from_this<DeviceTransfer> {
  public:
   // Why streams wait for each other here, for Device::wait().
   static constexpr const char* kArrival = "copy to the device before its use";
+  static constexpr const char* kDeparture = "copy to the host before a change";
   static constexpr const char* kResult = "use before the copy to the host";
 
   // kInvalid when a lease holds less than `nbytes` or the object is of another size. After an
@@ -64,8 +65,9 @@ class DeviceTransfer : public std::enable_shared_from_this<DeviceTransfer> {
   bool issued() const;
   // The same after at most `milliseconds`. The first call that has to wait counts as a stall.
   bool wait_until_issued(unsigned milliseconds);
-  // Makes `stream` wait for the copy; the host does not. The error that ended the transfer before
-  // its copy; kInvalid when it is not issued yet.
+  // Makes `stream` wait for the copy; the host does not. After a fetch, what it submits then may
+  // use the device lease, after a spill it may change it. The error that ended the transfer;
+  // kInvalid when the copy is not issued yet.
   Status make_wait(StreamId stream) const;
 
   bool done() const;
@@ -80,18 +82,20 @@ class DeviceTransfer : public std::enable_shared_from_this<DeviceTransfer> {
 
  private:
   DeviceTransfer(std::shared_ptr<DeviceEvents> events, DiskEnd disk, std::shared_ptr<Lease> host,
-                 std::shared_ptr<DeviceLease> device, std::uint64_t nbytes)
+                 std::shared_ptr<DeviceLease> device, std::uint64_t nbytes, const char* why)
       : events_(std::move(events)),
         disk_(std::move(disk)),
         nbytes_(nbytes),
+        why_(why),
         device_label_(device->label()),
         host_(std::move(host)),
         device_(std::move(device)) {}
 
   Status check() const;
   Device& device() const { return *events_->device(); }
-  // Nothing copies from or to the host lease any more.
-  Status host_is_free(const Status& copied, const Event& waited);
+  // The copy from, or to, the host lease has ended; its outcome, where nothing else is wrong.
+  Status end_fetch(const Status& copied, const Event& waited);
+  Status end_copy_to_host(const Status& copied, const Event& waited);
   bool has_disk() const { return disk_.object != kNoObject; }
   Result<std::shared_ptr<SwapStore>> store() const;
   Status read_disk();
@@ -107,6 +111,7 @@ class DeviceTransfer : public std::enable_shared_from_this<DeviceTransfer> {
   const std::shared_ptr<DeviceEvents> events_;
   const DiskEnd disk_;
   const std::uint64_t nbytes_;
+  const char* const why_;  // streams wait for the copy
   const std::string device_label_;
   std::atomic<bool> cancelled_{false};
   std::shared_ptr<Lease> host_;          // until the end; then empty

@@ -322,6 +322,7 @@ class UnitState(ParamState):
                 self.run.adopt(tenant, array)
             return
         with self._settled() as tenant, self.context.held(owner.unit):
+            self.context.load(owner.unit)
             view = owner.view(owner.unit.param_slab)
             self.run.begin(tenant, array, view.as_strided((view.numel(),), (1,)))
 
@@ -335,6 +336,7 @@ class UnitState(ParamState):
     def values(self) -> torch.Tensor:
         """Return a copy."""
         with self.context.lock, self.context.held(self.owner.unit):
+            self.context.load(self.owner.unit)
             view = self.owner.view(self.owner.unit.param_slab)
             return view.as_strided((view.numel(),), (1,)).clone()
 

@@ -11,6 +11,7 @@ from offload.planner.device import DevicePlan, place_on_device, smallest_device_
 from offload.planner.placement import SMALL_BYTES, place, smallest_budget
 from offload.planner.spec import DiskSpec, Placement, Plan, Traffic, UnitSpec
 from offload.planner.traffic import step_traffic
+from offload.planner.update_split import UpdateRates, UpdateSplit, split_updates
 
 __all__ = [
     "SMALL_BYTES",
@@ -23,11 +24,14 @@ __all__ = [
     "Rates",
     "Traffic",
     "UnitSpec",
+    "UpdateRates",
+    "UpdateSplit",
     "activation_share",
     "choose_treatment",
     "place",
     "place_on_device",
     "smallest_budget",
     "smallest_device_budget",
+    "split_updates",
     "step_traffic",
 ]

@@ -24,19 +24,23 @@ LEAST_STAGING_BLOCKS = 12
 _MOST_STAGING_BLOCKS = 32
 
 
-def smallest_budget(units: Sequence[UnitSpec], disk: DiskSpec | None) -> int:
+def smallest_budget(
+    units: Sequence[UnitSpec], disk: DiskSpec | None, device_updates: bool = False
+) -> int:
     """Return the least host budget in bytes with which `units` can be trained.
 
     Args:
         units: all units of the model.
         disk: what to spill to; None: nothing may be spilled.
+        device_updates: updates run on a device, and their states pass through the ring.
     """
     everything = _everything(units)
     if disk is None:
         return everything
     staging = LEAST_STAGING_BLOCKS * disk.block_bytes + disk.store_bytes
     scales = sum(u.scale_bytes for u in units)
-    return min(everything, _kept_bytes(units) + scales + staging + _least_ring(units))
+    ring = _least_ring(units, device_updates)
+    return min(everything, _kept_bytes(units) + scales + staging + ring)
 
 
 def place(
@@ -44,6 +48,7 @@ def place(
     budget_bytes: int,
     disk: DiskSpec | None,
     activation_bytes: int = 0,
+    device_updates: bool = False,
 ) -> Plan:
     """Return the plan for `units` within `budget_bytes` of host memory, spilling to `disk`.
 
@@ -52,11 +57,12 @@ def place(
         budget_bytes: of host memory, for everything.
         disk: what to spill to; None: nothing may be spilled.
         activation_bytes: the part of the budget that is for activations.
+        device_updates: as for smallest_budget().
 
     Raises:
         BudgetError: the budget is too small; the message names the smallest that would do.
     """
-    least = smallest_budget(units, disk) + activation_bytes
+    least = smallest_budget(units, disk, device_updates) + activation_bytes
     if budget_bytes < least:
         hint = "" if disk is not None else " without a swap directory (Policy(swap_dir=...))"
         raise BudgetError(
@@ -78,15 +84,18 @@ def place(
     scales = sum(u.scale_bytes for u in units)
     room = values_bytes - disk.store_bytes - _kept_bytes(units) - scales
     left = room - staging_blocks * block_bytes
-    if left < _least_ring(units):
+    least_ring = _least_ring(units, device_updates)
+    if left < least_ring:
         staging_blocks = LEAST_STAGING_BLOCKS
         left = room - staging_blocks * block_bytes
     largest = max(*_largest(flat), _largest_state(flat), _largest_frozen_master(units))
+    if device_updates:
+        largest = max(largest, least_ring)
     if left >= values + largest:  # the ring serves to read optimizer state out
         ring, pins = largest, {(i, kind) for i in range(len(units)) for kind in ("param", "grad")}
         left -= values + largest
     else:
-        ring = max(_least_ring(units), min(_good_ring(units), left // 2))
+        ring = max(least_ring, min(_good_ring(units), left // 2))
         pins, left = _pin_values(units, left - ring, disk.write_time)
         ring += left
         left = 0
@@ -151,16 +160,21 @@ def _largest_frozen_master(units: Sequence[UnitSpec]) -> int:
     return max((nbytes for u in spilled for nbytes in u.frozen_masters), default=0)
 
 
-def _least_ring(units: Sequence[UnitSpec]) -> int:
+def _least_ring(units: Sequence[UnitSpec], device_updates: bool = False) -> int:
     """Bytes in which the largest unit can be used wherever another slab lies.
 
     At the most one other slab is held while one is placed; around it, one of two gaps has half of
     what is left. Hence both slabs of the largest unit, and the larger of them once more. Of 16-bit
     parameters a slab of state is larger, and the first one is made while the parameters are held.
+    With updates on a device the states come, one by one, while both may be held, and a frozen unit.
     """
     flat = [u for u in units if not _is_kept(u)]
     params, grads = _largest(flat)
     used = max(params + grads + max(params, grads), params + 2 * _largest_state(flat))
+    if device_updates:
+        frozen = any(u.grad_bytes == 0 for u in flat)
+        slabs = 5 if frozen else 3
+        used = max(used, params + grads + slabs * max(params, grads, _largest_state(flat)))
     return max(used, _largest_frozen_master(units))
 
 

@@ -14,6 +14,8 @@ from offload.planner import (
     place,
     place_on_device,
     smallest_budget,
+    smallest_device_budget,
+    split_updates,
 )
 from offload.policy import Policy, parse_bytes
 from offload.tiers.activation_home import ActivationHome
@@ -24,6 +26,7 @@ from offload.tiers.disk_profile import DiskProfile
 from offload.tiers.mover import Mover
 from offload.tiers.state_home import page_bytes
 from offload.tiers.swap_space import SwapSpace, profile_disks, store_memory
+from offload.tiers.update_rates import measure_update_rates
 from offload.tiers.update_staging import open_pipeline
 
 
@@ -41,26 +44,49 @@ class Resources:
         """
         self.policy = policy
         self.profiles: tuple[DiskProfile, ...] = ()
+        self.update_note = ""
         must_spill = policy.budget.host_bytes < smallest_budget(specs, None)
         if must_spill or policy.moves_activations:
             self.profiles = profile_disks(policy)
         disk = self._disk_spec()
+        updates = self._may_update_on_device(specs, disk)
         self.plan = place(
-            specs, policy.budget.host_bytes, disk, self._activation_bytes(specs, disk)
+            specs,
+            policy.budget.host_bytes,
+            disk,
+            self._activation_bytes(specs, disk, updates),
+            updates,
         )
         self.device_plan: DevicePlan | None = None
         self.torch_device = torch_device(policy)
         if policy.device_name != "cpu":
-            self.device_plan = place_on_device(specs, policy.budget.device_bytes)
+            self.device_plan = place_on_device(specs, policy.budget.device_bytes, updates)
 
-    def _activation_bytes(self, specs: Sequence[UnitSpec], disk: DiskSpec | None) -> int:
+    def _may_update_on_device(self, specs: Sequence[UnitSpec], disk: DiskSpec | None) -> bool:
+        """Whether updates are to run on the device; with "auto" where there is room for that."""
+        policy = self.policy
+        if policy.update != "auto" or policy.device_name == "cpu":
+            return policy.update == "device"
+        host = smallest_budget(specs, disk, True) + self._activation_bytes(specs, disk, True)
+        device = smallest_device_budget(specs, True)
+        if policy.budget.host_bytes >= host and policy.budget.device_bytes >= device:
+            return True
+        self.update_note = (
+            f"updates: all on the CPU; on the device they would need Budget(host={host}, "
+            f"device={device})"
+        )
+        return False
+
+    def _activation_bytes(
+        self, specs: Sequence[UnitSpec], disk: DiskSpec | None, updates: bool
+    ) -> int:
         policy = self.policy
         if not policy.moves_activations:
             return 0
         if policy.activation_bytes is not None:
             nbytes = parse_bytes(policy.activation_bytes)
         else:
-            least = smallest_budget(specs, disk)
+            least = smallest_budget(specs, disk, updates)
             nbytes = activation_share(policy.activations, policy.budget.host_bytes, least)
         return page_bytes(nbytes)
 
@@ -115,7 +141,26 @@ class Resources:
         pipeline = open_pipeline(store, home, plan.staging_bytes)
         mover = Mover(home, ring, store)
         tier = self._device_tier(device, mover) if device is not None else None
-        return RuntimeContext(policy, plan, mover, pipeline, space, tier)
+        context = RuntimeContext(policy, plan, mover, pipeline, space, tier)
+        if tier is not None and self.device_plan is not None and self.device_plan.updates:
+            context.device_units = self._units_on(tier, ring or home)
+        return context
+
+    def _units_on(self, tier: DeviceTier, host: _native.HostArena) -> frozenset[int]:
+        """Return which units are updated on the device."""
+        units = [placement.unit for placement in self.plan.placements]
+        if self.policy.update == "device":
+            return frozenset(range(len(units)))
+        rates = measure_update_rates(tier.device, tier.ring, host)
+        split = split_updates(units, rates)
+        trained = sum(unit.grad_bytes > 0 for unit in units)
+        self.update_note = (
+            f"updates: {len(split.on_device)} of {trained} units on the device, by rates of "
+            f"{rates.cpu / 1e9:.1f} GB/s on the CPU and {rates.kernel / 1e9:.1f} there, "
+            f"{rates.to_device / 1e9:.1f} to it and {rates.to_host / 1e9:.1f} back; "
+            f"{split.device_seconds:.3f} s a step there, {split.cpu_seconds:.3f} on the CPU"
+        )
+        return split.on_device
 
     def _device_tier(self, device: ComputeDevice, mover: Mover) -> DeviceTier:
         plan = self.device_plan

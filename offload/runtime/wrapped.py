@@ -66,6 +66,7 @@ class WrappedModel:
         units, specs = _lay_out(found, dtypes, device)
         resources = Resources(policy, specs)
         self.context = resources.open()
+        self._update_note = resources.update_note
         try:
             for unit in units:
                 for param in unit.params:
@@ -175,6 +176,7 @@ class WrappedModel:
             else:
                 with self.context.held(unit):
                     self.context.pointers.note_changes(unit)
+                    self.context.load(unit)
                     copies = [param.view(unit.param_slab).clone() for param in unit.params]
             for param, copy in zip(unit.params, copies, strict=True):
                 if type(param.param) is SpilledParameter:
@@ -202,6 +204,7 @@ class WrappedModel:
         update = context.pipeline.stats()
         tier = context.device
         on_device = tier.counters() if tier is not None else {}
+        on_device |= context.updates.on_device
         return {
             **on_device,
             "arena_budget_bytes": context.plan.budget_bytes,
@@ -212,6 +215,7 @@ class WrappedModel:
             "disk_busy_seconds": disk.get("busy_seconds", 0.0),
             "update_seconds": update["update_seconds"],
             "updates": update["jobs"],
+            "device_updates": on_device.done if on_device is not None else 0,
             "pending": len(context.updates),
             "disk_read_rate": context.prefetcher.read_rate,
             "misses": context.mover.misses,
@@ -232,6 +236,18 @@ class WrappedModel:
                 stalls["room for activations" if why == "room" else why] = seconds
         return stalls
 
+    def _where_updates_ran(self) -> str:
+        on_device, jobs = self.context.updates.on_device, self.context.pipeline.stats()["jobs"]
+        there, without_room = 0, 0
+        if on_device is not None:
+            there, without_room = on_device.done, on_device.without_room
+        if not jobs:
+            return f"updates: all {there} of units ran on the device"
+        why = f", {without_room} because there was no room on the device" if without_room else ""
+        if not there:
+            return f"updates: all {jobs} of units ran on the CPU{why}"
+        return f"updates: {there} of units ran on the device, {jobs} on the CPU{why}"
+
     def notes(self) -> tuple[str, ...]:
         """Return which choices were made, and why."""
         home = self.context.activations
@@ -243,6 +259,10 @@ class WrappedModel:
             notes = (*notes, f"{format_bytes(in_files)} of frozen parameters stay in their files")
         if self.context.weight_files is not None:
             notes = (*notes, *self.context.weight_files.notes)
+        if self._update_note:
+            notes = (*notes, self._update_note)
+        if self.context.device_units:
+            notes = (*notes, self._where_updates_ran())
         return (*notes, *(self._choice.notes() if self._choice is not None else ()))
 
 

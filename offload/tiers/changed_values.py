@@ -62,6 +62,7 @@ def _refresh(context: RuntimeContext, unit: Unit, param: OffloadedParam) -> None
     if not param.numel:
         return
     with context.held(unit):
+        context.load(unit)
         values = param.view(unit.param_slab).as_strided((param.numel,), (1,)).clone()
     master = read_master(context, param)
     flat = master.as_strided((param.numel,), (1,))

@@ -13,7 +13,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
 
 from offload import _native
 from offload.errors import OffloadError
@@ -31,9 +30,10 @@ from offload.tiers.scopes import ForwardScopes
 from offload.tiers.slab import Slab
 from offload.tiers.state_home import StateHome
 from offload.tiers.state_layout import StateLayout
-from offload.tiers.state_slabs import StateSlabs, operand
+from offload.tiers.state_slabs import StateSlabs
 from offload.tiers.swap_space import SwapSpace
 from offload.tiers.unit import SpilledParameter, Unit
+from offload.tiers.update_job import UpdateJob
 from offload.tiers.updates import Updates
 from offload.tiers.weight_files import WeightFiles, note_origin, origins_of, take_from_file
 from offload.trace import Phase, Use
@@ -53,6 +53,7 @@ class RuntimeContext:
         resident: everything stays in memory, so parameters and gradients are ordinary tensors
             throughout: nobody has to be told of a use, and no hooks are needed.
         weight_files: what reads units from files of others; None: there are no such units.
+        device_units: indices of the units whose updates run on the device, where it has kernels.
         reading_out: detach() of a spilled parameter returns a copy (state_dict is being made).
         saved_hooks: a context in which autograd saves no parameter that is about to be detached.
     """
@@ -83,7 +84,8 @@ class RuntimeContext:
             device.relieve = self._relieve
         self.mover.find_place = self._place_for
         self.weight_files: WeightFiles | None = None
-        self.updates = Updates(mover)
+        self.updates = Updates(mover, pipeline, device)
+        self.device_units: frozenset[int] = frozenset()
         self.prefetcher = Prefetcher(plan, mover, self.updates, device)
         self.units: list[Unit] = []
         self.gradients = Gradients(self)
@@ -185,14 +187,16 @@ class RuntimeContext:
         self.pointers.note_version(unit)
 
     def load(self, unit: Unit) -> None:
-        """Have the current bytes of the unit's parameters in their slab's memory."""
+        """Have the current bytes of the unit's parameters in their slab's host memory."""
         self.updates.finish(unit, load=True)
         self.mover.fetch(unit.param_slab)
 
     def load_for_compute(self, unit: Unit) -> None:
         """Have them where the compute uses them, which is to hold the unit meanwhile."""
-        self.load(unit)
-        if self.device is not None:
+        if self.device is None:
+            self.load(unit)
+        else:
+            self.updates.finish(unit, load=True)
             self.device.fetch(unit.param_slab)
 
     def detach(self, unit: Unit) -> None:
@@ -268,32 +272,17 @@ class RuntimeContext:
         sync_masters(self, unit)
         whole = len(segments) == len(unit.trainable)
         state, grads = self.state_of(unit).of(layout, whole=whole), self.gradients.slab(unit)
+        job = UpdateJob(unit, grads, layout, state, seed, segments)
         # Operators that another thread runs on the parameters must not lose them: they stay
         # attached, and the update is done at once. Some of the new values may be seen there.
         held_elsewhere = unit.attached and self.scopes.others_hold(unit)
         if not held_elsewhere:
             self.detach(unit)
-            if self.device is not None:
-                self.device.forget(unit.param_slab)
-
-        def prepare(params: _native.UpdateOperand) -> partial[_native.Transfer]:
-            rest = [operand(slab) for slab in state]
-            scales, rest = rest[: len(layout.scales)], rest[len(layout.scales) :]
-            master, states = (rest[0], rest[1:]) if layout.master is not None else (None, rest)
-            return partial(
-                self.pipeline.submit,
-                unit.grad_bytes // unit.params[0].dtype.itemsize,
-                layout.format,
-                seed,
-                params,
-                operand(grads),
-                master,
-                states,
-                scales,
-                segments,
-            )
-
-        self.updates.put_off(unit, [unit.param_slab, grads, *state], prepare)
+            on_device = self.updates.on_device if unit.index in self.device_units else None
+            job.on_device = on_device is not None and on_device.can_run(job)
+            if self.device is not None and not job.on_device:
+                self.device.drop(unit.param_slab)
+        self.updates.put_off(job)
         unit.version += 1
         if held_elsewhere:
             self.load(unit)

@@ -2,12 +2,15 @@
 
 Protocol of a copy:
  1. fetch: the host slab's bytes are copied to the device, and the compute stream waits for that;
-    the host does not. prefetch starts the same earlier.
- 2. the home of the bytes stays the host slab. What the compute changes in a copy of parameters is
-    pulled back before anybody else looks (pull); gradients are gathered in a copy that is newer
-    than the slab until it is spilled to it, and to disk from there, without Python.
+    the host does not. prefetch starts the same earlier, from disk through the slab's memory where
+    they are there, without Python between.
+ 2. the home of the bytes stays the host slab. What the compute makes in a copy (gradients, an
+    update's results) is newer than the slab (ahead) until it is sent home, to the slab and to its
+    place on disk, without Python (send). The copy stays; before it is changed again the compute
+    stream waits until it has been copied. What users change in parameters is pulled back before
+    anybody else looks (pull).
  3. before host bytes are changed, a copy of them that is still on its way is waited for (settle),
-    and then the copy is not current any more (forget).
+    and the copy, which is not current any more, is dropped.
  4. a copy that nobody holds, by a lock on its slab, is dropped when its place is needed, the one
     needed farthest in the future first. Tensors on it keep its memory for as long as they live.
 Slabs of units that are in use while others come and go have a place of their own (home), so that
@@ -16,6 +19,7 @@ they do not fragment the ring.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -37,6 +41,7 @@ class DeviceCopy:
     Attributes:
         lease: their memory.
         arrival: the copy to the device that the compute stream does not wait for yet.
+        departure: the copy to the host that it does not wait for yet, before it changes the bytes.
         ahead: the copy is newer than the host slab.
     """
 
@@ -45,6 +50,7 @@ class DeviceCopy:
         self._compute = compute
         self.lease = lease
         self.arrival: _native.DeviceTransfer | None = None
+        self.departure: _native.DeviceTransfer | None = None
         self.ahead = False
 
     def view(
@@ -60,6 +66,7 @@ class DeviceTier:
     Attributes:
         device: the core's.
         next_use: position of each slab's next use among the predicted uses.
+        held: slabs whose copies an update is about to use.
         relieve: makes a user of memory let go; False when there is none.
     """
 
@@ -76,12 +83,15 @@ class DeviceTier:
         self.home = home
         self.ring = ring
         self.next_use: dict[Slab, int] = {}
+        self.held: set[Slab] = set()
         self.relieve: Callable[[], bool] = lambda: False
         self._mover = mover
         self._transfers = _native.DeviceTransfers(self.device)
         self._copies: dict[Slab, DeviceCopy] = {}
         self._reading: dict[Slab, _native.DeviceTransfer] = {}
         """Copies to the device that may still read host memory, oldest first."""
+        self._leaving: list[tuple[Slab, _native.DeviceTransfer]] = []
+        """Copies given up while they were read from disk: they keep the memory until then."""
         self._at_home: set[Slab] = set()
         mover.readers = self
 
@@ -92,54 +102,125 @@ class DeviceTier:
     # -- to the device ----------------------------------------------------------------------------
 
     def fetch(self, slab: Slab) -> DeviceCopy:
-        """Return the current bytes of `slab`, which is locked, ready for the compute stream."""
-        copy = self._copies.get(slab)
-        if copy is None:
+        """Return the current bytes of `slab`, which is locked, ready to be used and changed."""
+        if slab not in self._copies:
+            lease = self._take(slab)
             self._mover.fetch(slab)
-            copy = self._start(slab, self._take(slab))
-        if copy.arrival is not None:
+            self._start(slab, lease)
+        return self.ready(slab)
+
+    def bring(self, slab: Slab) -> bool:
+        """Have a copy of `slab`, of one that holds nothing too; False when there is no room now.
+
+        Nobody is made to let go.
+        """
+        if slab in self._copies:
+            return True
+        lease = self._try_take(slab, farther_than=None)
+        if lease is None:
+            return False
+        if slab.residency is Residency.ABSENT:
             self._compute.follow()
-            copy.arrival.wait_stream("compute")
+            lease.acquire("compute")
+            self._copies[slab] = DeviceCopy(self._compute, lease)
+        else:
+            self._mover.fetch(slab)
+            self._start(slab, lease)
+        return True
+
+    def ready(self, slab: Slab, change: bool = True) -> DeviceCopy:
+        """Return the copy of `slab` once the compute stream waits for what it has to.
+
+        Args:
+            slab: has a copy.
+            change: the stream may change it.
+        """
+        copy = self._copies[slab]
+        self._compute.follow()
+        if copy.arrival is not None:
+            try:
+                self._wait_stream(slab, copy.arrival, "compute")
+            except OffloadError:
+                del self._copies[slab]
+                self._mover.settle(slab)  # it takes note of the failure, and raises it
+                raise
             copy.arrival = None
+        if change and copy.departure is not None:
+            copy.departure.wait_stream("compute")
+            copy.departure = None
         return copy
 
+    def _wait_stream(
+        self, slab: Slab, arrival: _native.DeviceTransfer, stream: _native.Stream
+    ) -> None:
+        if arrival.issued():
+            arrival.wait_stream(stream)
+            return
+        begun = time.perf_counter()  # it still waits for the disk
+        try:
+            arrival.wait_stream(stream)
+        finally:
+            self._mover.note_stall(slab.kind, time.perf_counter() - begun)
+
     def prefetch(self, slab: Slab, use: int) -> bool:
-        """Start copying `slab`, if its bytes are in host memory, for use number `use` from now.
+        """Start copying `slab`, from disk if need be, for use number `use` from now.
 
         Returns False when there is no room that may be taken.
         """
-        if slab in self._copies or slab.residency is not Residency.HOST:
+        if slab in self._copies or slab.residency is Residency.ABSENT:
             return True
         if slab.pending is not None and not slab.pending_write:
             return True  # on its way to host memory
+        if slab.residency is Residency.DISK and slab.source is not None:
+            return self._mover.prefetch(slab, use)
         lease = self._try_take(slab, farther_than=use)
         if lease is None:
             return False
-        self._start(slab, lease)
-        return True
+        if slab.residency is Residency.HOST:
+            self._start(slab, lease)
+            return True
+        return self._start_from_disk(slab, lease, use)
 
     def hold_new(self, slab: Slab) -> DeviceCopy:
         """Return memory for `slab`, which is locked, to be filled by the compute stream."""
-        copy = self._copies.get(slab)
-        if copy is None:
-            copy = self._copies[slab] = DeviceCopy(self._compute, self._take(slab))
+        if slab not in self._copies:
+            self._copies[slab] = DeviceCopy(self._compute, self._take(slab))
             self._compute.follow()
-            copy.lease.acquire("compute")
-        return copy
+            self._copies[slab].lease.acquire("compute")
+        return self.ready(slab)
 
     def copy_of(self, slab: Slab) -> DeviceCopy | None:
         """Return the copy of `slab`, if there is one."""
         return self._copies.get(slab)
 
-    def _start(self, slab: Slab, lease: _native.DeviceLease) -> DeviceCopy:
+    def _start(self, slab: Slab, lease: _native.DeviceLease) -> None:
         if slab.lease is None:
             raise OffloadError(f"{slab.name} is not in host memory (internal error)")
-        copy = DeviceCopy(self._compute, lease)
-        copy.arrival = self._transfers.fetch(lease, slab.lease, slab.nbytes)
-        self._copies[slab] = copy
+        self._note(slab, lease, self._transfers.fetch(lease, slab.lease, slab.nbytes))
+
+    def _start_from_disk(self, slab: Slab, lease: _native.DeviceLease, use: int) -> bool:
+        store, swap_object = self._mover.store, slab.swap_object
+        if store is None or swap_object is None:
+            raise OffloadError(f"{slab.name} has no place on disk (internal error)")
+
+        def start(via: _native.Lease) -> partial[_native.DeviceTransfer]:
+            return partial(
+                self._transfers.fetch, lease, via, slab.nbytes, store=store, object=swap_object
+            )
+
+        arrival = self._mover.read_on(slab, start, use)
+        if arrival is None:
+            return False
+        self._note(slab, lease, arrival)
+        return True
+
+    def _note(
+        self, slab: Slab, lease: _native.DeviceLease, arrival: _native.DeviceTransfer
+    ) -> None:
+        copy = self._copies[slab] = DeviceCopy(self._compute, lease)
+        copy.arrival = arrival
         self._reading.pop(slab, None)
-        self._reading[slab] = copy.arrival
-        return copy
+        self._reading[slab] = arrival
 
     # -- to the host ------------------------------------------------------------------------------
 
@@ -151,18 +232,17 @@ class DeviceTier:
         copy = self._copies.get(slab)
         if copy is None:
             raise OffloadError(f"{slab.name} is not on the device (internal error)")
-        self._send(slab, copy, to_disk=True)
+        copy.ahead = True
+        self.send(slab)
         self._mover.settle(slab)
 
-    def spill(self, slab: Slab, to_disk: bool) -> None:
-        """Send a copy that is ahead home, to the slab's place on disk too, and give it up."""
+    def send(self, slab: Slab, to_disk: bool = True) -> None:
+        """Send a copy that is ahead home, to the slab's place on disk too; the copy stays.
+        Nothing waits for it here.
+        """
         copy = self._copies.get(slab)
-        if copy is not None and copy.ahead:
-            self._send(slab, copy, to_disk)
-            self._copies.pop(slab, None)
-
-    def _send(self, slab: Slab, copy: DeviceCopy, to_disk: bool) -> None:
-        """Start copying to the slab, and on from there; nothing waits for it here."""
+        if copy is None or not copy.ahead:
+            return
         self._compute.follow()
         computed = self.device.record("compute")
         on_disk = to_disk and slab.swap_object is not None
@@ -179,7 +259,14 @@ class DeviceTier:
                 object=swap_object or 0,
             )
 
-        self._mover.receive(slab, start, on_disk)
+        if self.is_reading(slab):  # its memory is about to be written, later, by the other stream
+            self._reading[slab].wait_stream("d2h")
+        copy.departure = self._mover.receive(slab, start, on_disk)
+        copy.ahead = False
+
+    def drop(self, slab: Slab) -> None:
+        """Give up the copy of `slab`, if any: it is not current any more, or not needed."""
+        self._copies.pop(slab, None)
 
     # -- changes of the host slab -----------------------------------------------------------------
 
@@ -206,11 +293,6 @@ class DeviceTier:
                 return True
         return False
 
-    def forget(self, slab: Slab) -> None:
-        """The copy of `slab` is not current any more."""
-        self.settle(slab)
-        self._copies.pop(slab, None)
-
     # -- memory -----------------------------------------------------------------------------------
 
     def _take(self, slab: Slab) -> _native.DeviceLease:
@@ -228,16 +310,32 @@ class DeviceTier:
             if lease is not None:
                 return lease
             victim = self._victim(farther_than)
-            if victim is None:
+            if victim is not None:
+                self._give_up(victim)
+            elif farther_than is None and self._leaving:
+                self._wait_stream(*self._leaving.pop(0), "h2d")
+            else:
                 return None
-            del self._copies[victim]
+
+    def _give_up(self, slab: Slab) -> None:
+        arrival = self._copies.pop(slab).arrival
+        if arrival is not None and not arrival.issued():
+            self._leaving.append((slab, arrival))
+
+    def clear(self) -> None:
+        """Give up all copies that nobody holds by a lock and that are not ahead."""
+        for slab, copy in list(self._copies.items()):
+            if not (slab.locks or copy.ahead or slab in self._at_home):
+                self._give_up(slab)
 
     def _victim(self, farther_than: int | None) -> Slab | None:
         """The slab whose copy to give up: held by nobody, not ahead, needed last."""
         best, best_use = None, -1 if farther_than is None else farther_than
         for slab, copy in self._copies.items():
-            if slab.locks or copy.ahead or slab in self._at_home:
+            if slab.locks or copy.ahead or slab in self._at_home or slab in self.held:
                 continue
+            if farther_than is not None and copy.arrival is not None and not copy.arrival.issued():
+                continue  # it keeps the memory until it has been read
             use = self.next_use.get(slab, NEVER)
             if use > best_use:
                 best, best_use = slab, use

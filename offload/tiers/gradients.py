@@ -115,17 +115,32 @@ class Gradients:
             copy.ahead = True
         return copy.view(param.offset, param.shape, param.stride, param.dtype)
 
-    def _come_home(self, unit: Unit, to_disk: bool = True) -> None:
+    def come_home(self, unit: Unit, to_disk: bool = True) -> None:
         """Have the gradients of `unit` that are on the device in their slab."""
         if self._context.device is not None and unit.grad_slab is not None:
-            self._context.device.spill(unit.grad_slab, to_disk)
+            self._context.device.send(unit.grad_slab, to_disk)
+
+    def _leave_device(self, unit: Unit) -> None:
+        """The consumers had theirs there: what is newer than the slab goes home, or nowhere."""
+        if unit.grads_wanted():
+            self.come_home(unit, to_disk=False)
+        elif self._context.device is not None and unit.grad_slab is not None:
+            copy = self._context.device.copy_of(unit.grad_slab)
+            if copy is not None and copy.ahead:
+                self._context.device.drop(unit.grad_slab)
+
+    def _replace(self, unit: Unit) -> None:
+        """The bytes in the slab are about to be changed: the device's copy is not current."""
+        if self._context.device is not None and unit.grad_slab is not None:
+            self._context.device.drop(unit.grad_slab)
 
     def set(self, param: OffloadedParam, value: torch.Tensor) -> None:
         """Make `value` the gradient of `param`."""
         self._check_trainable(param)
         unit, slab = param.unit, self.slab(param.unit)
-        self._come_home(unit)
+        self.come_home(unit)
         self._context.settle(unit)
+        self._replace(unit)
         if slab.residency is not Residency.ABSENT and unit.grads_wanted():
             self._context.mover.fetch(slab)
             self._context.mover.settle(slab)
@@ -156,11 +171,13 @@ class Gradients:
             unit.unconsumed |= taken
             if not complete or len(taken) < len(unit.arrived):
                 self._store_grads(unit)
-            self._come_home(unit, to_disk=False)
+            if unit.index not in self._context.device_units:
+                self.come_home(unit, to_disk=False)
             unit.expected = len(unit.arrived)
             unit.arrived = set()
         if complete:
             self._hand_over_grads(unit)  # while the unit is still held
+            self._leave_device(unit)
         if unit.in_backward:
             unit.in_backward = False
             self.in_backward.pop(unit, None)
@@ -192,12 +209,12 @@ class Gradients:
         if device is None:
             self._context.mover.write_back(slab)
         else:
-            device.spill(slab, to_disk=True)
+            device.send(slab)
 
     def read(self, param: OffloadedParam) -> torch.Tensor:
         """Return the bytes of a gradient in the slab, to be read at once."""
         slab = self.slab(param.unit)
-        self._come_home(param.unit)
+        self.come_home(param.unit)
         if slab.residency is Residency.ABSENT:
             raise SpilledTensorError(f"the gradient of {param.name} no longer exists")
         self._context.mover.fetch(slab)
@@ -209,6 +226,7 @@ class Gradients:
         self._context.settle(param.unit)  # an update in flight reads them
         view = self.read(param)
         self._context.mover.settle(slab)
+        self._replace(param.unit)
         self._context.mover.mark_dirty(slab)
         return view
 

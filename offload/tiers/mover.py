@@ -14,16 +14,17 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import starmap
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from offload import _native
 from offload.errors import BudgetError, OffloadError, TransferCancelledError
 from offload.tiers.slab import Arrival, Residency, Slab
 
 NEVER = 1 << 60
+AnyArrival = TypeVar("AnyArrival", _native.Transfer, _native.DeviceTransfer)
 
 
 class Readers(Protocol):
@@ -45,7 +46,7 @@ class _Starting:
 
     slab: Slab
     is_write: bool
-    started: list[Arrival] = field(default_factory=list)
+    started: Sequence[Arrival]
 
 
 class Mover:
@@ -89,6 +90,9 @@ class Mover:
     def hold_new(self, slab: Slab) -> None:
         """Give `slab` memory to be filled by the caller; whatever it held is forgotten."""
         self.settle(slab)
+        self._hold_new(slab)
+
+    def _hold_new(self, slab: Slab) -> None:
         if slab.lease is None:
             self._take_memory(slab)
         slab.residency = Residency.HOST
@@ -115,21 +119,49 @@ class Mover:
             raise
 
     def receive(
-        self, slab: Slab, start: Callable[[_native.Lease], Callable[[], Arrival]], on_disk: bool
-    ) -> None:
-        """Have a transfer from elsewhere fill `slab`; whatever it held is forgotten.
+        self,
+        slab: Slab,
+        start: Callable[[_native.Lease], Callable[[], _native.DeviceTransfer]],
+        on_disk: bool,
+    ) -> _native.DeviceTransfer:
+        """Have a transfer from a device fill `slab`; whatever it held is forgotten.
 
         Args:
             slab: takes memory now.
             start: given that memory, returns what starts the transfer: a C function with its
-                arguments (see _start).
+                arguments (see _start). It comes after the readers' copies from that memory.
             on_disk: it writes the slab's object too.
         """
-        self.hold_new(slab)
+        self._finish(slab)
+        self._hold_new(slab)
         if slab.lease is None:
             raise OffloadError(f"{slab.name} is not in memory (internal error)")
         slab.changed_in_flight = not on_disk
-        self._start(slab, False, start(slab.lease))
+        return self._start(slab, False, start(slab.lease))
+
+    def read_on(
+        self,
+        slab: Slab,
+        start: Callable[[_native.Lease], Callable[[], _native.DeviceTransfer]],
+        use: int,
+    ) -> _native.DeviceTransfer | None:
+        """Have `slab`, which is on disk, read by a transfer that goes on with its bytes.
+
+        Args:
+            slab: takes memory now.
+            start: as for receive().
+            use: the number of its next use from now.
+
+        Returns None when there is no room that may be taken.
+        """
+        self._note_started()
+        if not self.take_ahead(slab, use) or slab.lease is None:
+            return None
+        try:
+            return self._start(slab, False, start(slab.lease))
+        except OffloadError:
+            self._drop(slab)  # nothing was read
+            raise
 
     def fetch(self, slab: Slab) -> None:
         """Have the current bytes of `slab` in memory; waits for the disk when they are not."""
@@ -246,8 +278,11 @@ class Mover:
         try:
             transfer.wait()
         finally:
-            spent = time.perf_counter() - begun
-            self.stall_seconds[why] = self.stall_seconds.get(why, 0.0) + spent
+            self.note_stall(why, time.perf_counter() - begun)
+
+    def note_stall(self, why: str, seconds: float) -> None:
+        """Count time that a training thread waited."""
+        self.stall_seconds[why] = self.stall_seconds.get(why, 0.0) + seconds
 
     # -- memory ---------------------------------------------------------------------------------
 
@@ -356,16 +391,18 @@ class Mover:
             raise
 
     def _start(
-        self, slab: Slab, is_write: bool, transfer: Callable[..., Arrival], *args: Any
-    ) -> None:
-        """Start a transfer of `slab` and note it.
+        self, slab: Slab, is_write: bool, transfer: Callable[..., AnyArrival], *args: Any
+    ) -> AnyArrival:
+        """Start a transfer of `slab`, note it, and return it.
 
         Signal handlers run between C functions: Ctrl-C comes before it is started, or after it is
         in the list, from where whatever the mover does next notes it.
         """
-        self._starting = _Starting(slab, is_write)
-        self._starting.started.extend(starmap(transfer, (args,)))
+        started: list[AnyArrival] = []
+        self._starting = _Starting(slab, is_write, started)
+        started.extend(starmap(transfer, (args,)))
         self._note_started()
+        return started[0]
 
     def _note_started(self) -> None:
         starting = self._starting

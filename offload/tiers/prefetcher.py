@@ -84,6 +84,8 @@ class Prefetcher:
                     next_use[slab] = position
                     wanted.append((unit, slab))
         self._mover.next_use = next_use
+        if self._device is not None:  # first: from disk straight on
+            self._look_ahead_on(self._device)
         # What is read ahead beyond what fits would be given up again before its use.
         room = self._room
         for unit, slab in wanted:
@@ -92,24 +94,23 @@ class Prefetcher:
                 break
             if not self._bring(unit, slab, next_use[slab]):
                 break
-        if self._device is not None:
-            self._look_ahead_on(self._device)
 
     def _look_ahead_on(self, device: DeviceTier) -> None:
-        """Start copying to the device what the next uses need and is in host memory."""
+        """Start copying to the device what the next uses, and updates before them, need."""
         device.next_use, wanted = {}, []
         for position, use in enumerate(self.trace.future(LOOKAHEAD)):
             unit = self._units[use.unit]
-            slab = unit.param_slab
-            if slab not in device.next_use:
-                device.next_use[slab] = position
-                wanted.append(unit)
+            update = self._updates.for_device(unit)
+            for slab in update or [unit.param_slab]:
+                if slab not in device.next_use:
+                    device.next_use[slab] = position
+                    wanted.append((unit, slab, bool(update)))
         room = device.ring.usage()["budget"] - 2 * self._largest
-        for unit in wanted:
-            room -= unit.param_slab.nbytes
-            if room < 0 or unit.updating:
+        for unit, slab, is_update in wanted:
+            room -= slab.nbytes
+            if room < 0 or (unit.updating and not is_update):
                 break
-            if not device.prefetch(unit.param_slab, device.next_use[unit.param_slab]):
+            if not device.prefetch(slab, device.next_use[slab]):
                 break
 
     def _bring(self, unit: Unit, slab: Slab, use: int) -> bool:

@@ -173,7 +173,6 @@ class StateSlabs:
         mover = self.home.mover
         slabs = [self._slabs[array] for array in layout.arrays]
         for slab in slabs:
-            mover.settle(slab)
             if slab.residency is Residency.ABSENT and (slab.pinned or not whole):
                 mover.hold_new(slab)
                 slab.zero()

@@ -9,34 +9,44 @@ Protocol of the lazy step:
     at any time. Units are started in the order of their next use, as far ahead as the ring has room
     (Prefetcher), and at the latest when they are needed.
  3. finish: wait for the job; the slabs are ordinary again.
+A job that is to run on the device does so when it is started, and nothing waits for it
+(device_updates.py); what it uses is copied there ahead. Where there is no room it is native's.
 Whoever needs a unit's parameters, gradients or states calls finish() first, so nobody can tell when
 the update ran. flush() starts all that is left without memory for parameters, and finishes it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from itertools import starmap
 
 from offload import _native
 from offload.errors import OffloadError
-from offload.tiers.mover import Mover
+from offload.tiers.device_tier import DeviceTier
+from offload.tiers.device_updates import DeviceUpdates
+from offload.tiers.mover import NEVER, Mover
 from offload.tiers.slab import Residency, Slab
 from offload.tiers.state_slabs import operand
 from offload.tiers.unit import Unit
-
-Prepare = Callable[[_native.UpdateOperand], Callable[[], _native.Transfer]]
-"""Returns what hands a unit's job to the pipeline, given the operand of its parameters. What it
-returns is to be a C function with its arguments: see Updates._submit."""
+from offload.tiers.update_job import UpdateJob
 
 
 class Updates:
-    """What was put off and what is running. Not thread-safe: the owner serialises."""
+    """What was put off and what is running. Not thread-safe: the owner serialises.
 
-    def __init__(self, mover: Mover) -> None:
+    Attributes:
+        running: units whose job the pipeline has.
+        on_device: runs jobs on the device; None: there is none.
+    """
+
+    def __init__(
+        self, mover: Mover, pipeline: _native.UpdatePipeline, device: DeviceTier | None
+    ) -> None:
         """No update is pending yet."""
         self._mover = mover
-        self._waiting: dict[Unit, Prepare] = {}
+        self._pipeline = pipeline
+        self._device = device
+        self.on_device = None if device is None else DeviceUpdates(device)
+        self._waiting: dict[Unit, UpdateJob] = {}
         self._submitted: dict[Unit, list[_native.Transfer]] = {}  # those that still wait too
         self.running: dict[Unit, None] = {}
 
@@ -48,21 +58,26 @@ class Updates:
         """Units whose update was put off and has not started."""
         return list(self._waiting)
 
-    def put_off(self, unit: Unit, slabs: list[Slab], prepare: Prepare) -> None:
-        """Note an update. `slabs`: all that the job uses, the parameters' first.
-
-        `prepare` makes the operands of the others as they are when the job starts.
-        """
+    def put_off(self, job: UpdateJob) -> None:
+        """Note an update."""
+        unit = job.unit
         self._submitted.pop(unit, None)  # that of an earlier update, which is done
-        unit.update_slabs = slabs
+        unit.update_slabs = job.slabs
         unit.update_waits = True
-        self._waiting[unit] = prepare
+        self._waiting[unit] = job
+
+    def for_device(self, unit: Unit) -> list[Slab]:
+        """Return what the update of `unit` will use on the device; none if it runs elsewhere."""
+        job = self._waiting.get(unit)
+        return job.slabs if job is not None and job.on_device else []
 
     def start_ahead(self, unit: Unit, use: int) -> bool:
         """Start the update of `unit`, needed at use number `use` from now, if that does no harm.
 
         Returns False when there is no room for its parameters that may be taken.
         """
+        if self.for_device(unit):
+            return True  # it starts when it is needed
         slab = unit.param_slab
         fixed = slab.residency is Residency.HOST or self._submitted.get(unit)
         if not fixed and not self._mover.take_ahead(slab, use):
@@ -72,7 +87,7 @@ class Updates:
 
     def start(self, unit: Unit) -> None:
         """Start the update of `unit`; parameters that are on disk stay there."""
-        if unit.update_waits:
+        if unit.update_waits and not self._runs_on_device(unit):
             self._start(unit)
 
     def finish(self, unit: Unit, load: bool = False) -> None:
@@ -81,7 +96,7 @@ class Updates:
         Raises:
             OffloadError: the update failed.
         """
-        if unit.update_waits:
+        if unit.update_waits and not self._runs_on_device(unit):
             fixed = unit.param_slab.residency is Residency.HOST or self._submitted.get(unit)
             if load and not fixed:
                 self._mover.take(unit.param_slab)
@@ -113,10 +128,29 @@ class Updates:
 
     def flush(self) -> None:
         """Finish all: afterwards everything is as after an eager step."""
-        for unit in self.waiting:
+        waiting = self.waiting
+        for i, unit in enumerate(waiting):
+            if self._device is not None:  # the next one's copies arrive while this one runs
+                for slab in (s for near in waiting[i : i + 2] for s in self.for_device(near)):
+                    self._device.prefetch(slab, NEVER)
             self.start(unit)
         for unit in list(self.running):
             self.finish(unit)
+
+    def _runs_on_device(self, unit: Unit) -> bool:
+        """Run the job of `unit`, which waits, on the device, if it is to and there is room."""
+        job = self._waiting[unit]
+        if not job.on_device or self.on_device is None:
+            return False
+        if not self.on_device.run(job):
+            job.on_device = False
+            if self._device is not None:
+                self._device.drop(unit.param_slab)
+            return False
+        self._waiting.pop(unit, None)
+        unit.update_waits = False
+        unit.update_slabs = []
+        return True
 
     def _start(self, unit: Unit) -> None:
         """Submit the job of `unit` and note it; where Ctrl-C came in between, do what is left."""
@@ -129,9 +163,13 @@ class Updates:
         del self._submitted[unit]
 
     def _submit(self, unit: Unit) -> None:
+        if self._device is not None:  # to be changed here
+            self._device.send(self._waiting[unit].grads, to_disk=False)
+            for slab in self._waiting[unit].state:
+                self._device.drop(slab)
         for slab in unit.update_slabs:
             self._mover.settle(slab)
-        job = self._waiting[unit](self._params(unit.param_slab))
+        job = self._waiting[unit].prepare(self._pipeline, self._params(unit.param_slab))
         submitted = self._submitted.setdefault(unit, [])
         before = [slab.locks for slab in unit.update_slabs]
         try:

@@ -20,7 +20,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils._pytree import tree_map_only
 from torch.utils.hooks import RemovableHandle
 
-from offload.planner import UnitSpec
+from offload.planner import UnitSpec, smallest_device_budget
 from offload.policy import Policy
 from offload.runtime.resources import Resources
 from offload.tiers.unit import owner_of
@@ -35,10 +35,11 @@ def has_cuda() -> bool:
 
 
 @contextmanager
-def on_device(device: str, patch: pytest.MonkeyPatch) -> Iterator[None]:
+def on_device(device: str, patch: pytest.MonkeyPatch, update: str = "cpu") -> Iterator[None]:
     """Have models compute on `device` within a block: ``Policy.device``, whatever a test gives.
 
-    Wrapped ones have room there for three of their largest units.
+    Wrapped ones have room there for three of their largest units or, with another ``Policy.update``
+    than "cpu", as little as they can.
     """
     plan = Resources.__init__
 
@@ -46,10 +47,12 @@ def on_device(device: str, patch: pytest.MonkeyPatch) -> Iterator[None]:
         flat = [unit.param_bytes + unit.grad_bytes for unit in specs if not unit.nested]
         nested = [unit.param_bytes + unit.grad_bytes for unit in specs if unit.nested]
         nbytes = 3 * max(flat, default=0) + sum(nested)
+        if update != "cpu":
+            nbytes = smallest_device_budget(specs, updates=True)
         budget = dataclasses.replace(policy.budget, device=nbytes)
         if is_cuda(device) and policy.activations not in ("keep", "recompute"):
             pytest.skip("activations are not moved from CUDA devices")
-        plan(self, dataclasses.replace(policy, device=device, budget=budget), specs)
+        plan(self, dataclasses.replace(policy, device=device, budget=budget, update=update), specs)
 
     patch.setattr(Resources, "__init__", plan_with_device)
     if not is_cuda(device):

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 from computing_on import has_cuda, is_cuda, on_device
-
 from offload.errors import UnsupportedError
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats itself then
@@ -21,6 +20,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default="cpu",
         help='where models compute, as Policy.device: "simulated:latest" or "cuda", say',
     )
+    parser.addoption(
+        "--update", default="cpu", help="with --device: where updates run, as Policy.update"
+    )
     parser.addoption("--slow", action="store_true", help="run the tests marked slow")
     parser.addoption(
         "--nvme", type=Path, metavar="DIR", help="run the tests marked nvme, on files in DIR"
@@ -29,12 +31,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture(autouse=True)
 def on_the_device(pytestconfig: pytest.Config, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """With --device: models compute there, wrapped ones with room for three large units."""
-    device = pytestconfig.getoption("--device")
+    """With --device: wrapped models compute there, with room for three of their largest units.
+
+    Where updates run there, it is the least device budget.
+    """
+    device, update = pytestconfig.getoption("--device"), pytestconfig.getoption("--update")
     if device == "cpu":
         yield
         return
-    with on_device(device, monkeypatch):
+    with on_device(device, monkeypatch, update):
         yield
 
 

@@ -87,13 +87,16 @@ def test_update_has_the_bits_of_the_cpu(
                 at["master"] if form.has_master else 0,
                 [at["m"], at["v"]],
                 [at["m_scale"], at["v_scale"]] if state == "int8" else [],
-                N,
             )
             hyper = adamw(float(step))
             if arrays is cpu:
-                _native.update(hyper, form, [0.5], 0, 0, 0, *args, "scalar")
+                _native.update(hyper, form, [0.5], 0, 0, 0, *args, N, "scalar")
             else:
-                _native.device_update(memory.device, hyper, form, [0.5], *args)
+                segments = [
+                    _native.UpdateSegment(begin, end, hyper, [0.5])
+                    for begin, end in ((0, 256), (256, 256), (256, 768), (768, N))
+                ]
+                _native.device_update(memory.device, form, segments, *args)
     for name, values in cpu.items():
         assert torch.equal(there[name].cpu(), values), name
 
@@ -144,24 +147,35 @@ def test_refusals_and_the_checker() -> None:
     grad = memory.put(torch.ones(N))
     address = [s.data_ptr() for s in states]
     form = _native.UpdateFormat()
-    with pytest.raises(UnsupportedError, match="without amsgrad"):
+
+    def update(hyper: _native.UpdateHyper, n: int, grads: int, moments: list[int]) -> None:
+        segments = [_native.UpdateSegment(0, n, hyper, [])]
         _native.device_update(
-            memory.device, adamw(amsgrad=True), form, [], param.data_ptr(), grad.data_ptr(), 0,
-            address, [], N,
-        )  # fmt: skip
-    with pytest.raises(OffloadError, match="needs 2 states"):
-        _native.device_update(
-            memory.device, adamw(), form, [], param.data_ptr(), grad.data_ptr(), 0, [], [], N
+            memory.device, form, segments, param.data_ptr(), grads, 0, moments, [], "layer.0"
         )
+
+    amsgrad = adamw(amsgrad=True)
+    assert _native.has_device_update(
+        memory.device, form, [_native.UpdateSegment(0, N, adamw(), [])]
+    )
+    assert not _native.has_device_update(
+        memory.device, form, [_native.UpdateSegment(0, N, amsgrad, [])]
+    )
+    with pytest.raises(UnsupportedError, match="without amsgrad"):
+        update(amsgrad, N, grad.data_ptr(), address)
+    with pytest.raises(OffloadError, match="needs 2 states"):
+        update(adamw(), N, grad.data_ptr(), [])
+    with pytest.raises(OffloadError, match="ends before it begins"):
+        _native.device_update(
+            memory.device, form, [_native.UpdateSegment(2, 1, adamw(), [])], param.data_ptr(),
+            grad.data_ptr(), 0, address, [],
+        )  # fmt: skip
     host = _native.HostArena(MIB, pin=memory.device)
     lease = memory.arena.allocate(512, "gradients")
     source = host.allocate(512)
     memory.device.copy_to_device(lease, source, 512)
     with pytest.raises(UnorderedAccessError, match=r"update of 'layer\.0'.*'gradients'"):
-        _native.device_update(
-            memory.device, adamw(), form, [], param.data_ptr(), lease.address, 0, address, [],
-            128, "layer.0",
-        )  # fmt: skip
+        update(adamw(), 128, lease.address, address)
     with pytest.raises(OffloadError, match="there is no element type 'int4'"):
         _native.device_gather(
             memory.device, [], from_type="int4", to_type="float32",  # type: ignore[arg-type]

@@ -1,0 +1,123 @@
+"""DeviceUpdates: optimizer updates that run on the device.
+
+Protocol of one:
+ 1. bring: what the job uses is copied to the device, and held there; the Prefetcher has begun that.
+    Gradients whose copy is still there stay. A state that was never written is made there.
+ 2. launch: kernels on the compute stream, which waits for the copies; the host does not.
+ 3. send: the results go home to host memory and disk, each by itself, without Python. The
+    parameters' copy stays, current, for the forward; the others are given up.
+After that nothing is pending but transfers of slabs. Where Ctrl-C ends it, running it again does
+what is left: copies count as newer than their slabs from before the launch until they were sent.
+"""
+
+from __future__ import annotations
+
+from itertools import starmap
+
+import torch
+
+from offload import _native
+from offload.errors import BudgetError
+from offload.tiers.device_tier import DeviceCopy, DeviceTier
+from offload.tiers.slab import Residency, Slab
+from offload.tiers.unit import Unit
+from offload.tiers.update_job import UpdateJob
+
+
+class DeviceUpdates:
+    """Runs jobs on the device of one wrapped model. Not thread-safe: the owner serialises.
+
+    Attributes:
+        done: how many units were updated.
+        without_room: how many of the updates that were to run there had to be left to the CPU.
+    """
+
+    def __init__(self, device: DeviceTier) -> None:
+        """Run them with what `device` copies."""
+        self.done = 0
+        self.without_room = 0
+        self._device = device
+        self._launched: dict[Unit, list[None]] = {}
+
+    def can_run(self, job: UpdateJob) -> bool:
+        """Whether there are kernels for all of the job."""
+        return _native.has_device_update(self._device.device, job.layout.format, job.segments)
+
+    def run(self, job: UpdateJob) -> bool:
+        """Take the step. False: there is no room on the device now, and nothing was changed.
+
+        Raises:
+            OffloadError: what it uses could not be read.
+        """
+        if not self._launched.get(job.unit) and not self._compute(job):
+            self.without_room += 1
+            return False
+        for slab in job.results:
+            self._device.send(slab)
+        for slab in job.state:
+            self._device.drop(slab)
+        del self._launched[job.unit]
+        self.done += 1
+        return True
+
+    def _compute(self, job: UpdateJob) -> bool:
+        """Do steps 1 and 2; False when there is no room."""
+        self._device.held.update(job.slabs)
+        try:
+            copies = self._bring(job)
+            if copies is None:
+                return False
+            for slab in job.results:
+                copies[slab].ahead = True
+            self._launch(job, copies)
+            return True
+        finally:
+            self._device.held.difference_update(job.slabs)
+
+    def _bring(self, job: UpdateJob) -> dict[Slab, DeviceCopy] | None:
+        """Return the copies of the job's slabs, ready for the compute stream, if there is room."""
+        largest_first = sorted(job.slabs, key=lambda slab: -slab.nbytes)
+        try:
+            if not all(self._device.bring(slab) for slab in largest_first):
+                self._device.clear()  # there is room, but in pieces
+                if not all(self._device.bring(slab) for slab in largest_first):
+                    return None
+        except BudgetError:  # of host memory, through which they come
+            return None
+        copies = {
+            slab: self._device.ready(slab, change=slab is not job.grads) for slab in job.slabs
+        }
+        for slab in job.state:
+            if slab.residency is Residency.ABSENT and not copies[slab].ahead:
+                self._make(job, slab, copies)
+        return copies
+
+    def _make(self, job: UpdateJob, slab: Slab, copies: dict[Slab, DeviceCopy]) -> None:
+        """Fill the copy of a state that was never written."""
+        copy = copies[slab]
+        if slab is not job.master:
+            self._device.device.fill(copy.lease, 0)
+            return
+        numel = slab.nbytes // torch.float32.itemsize
+        params = copies[job.unit.param_slab].view(0, (numel,), (1,), job.layout.param)
+        copy.view(0, (numel,), (1,), torch.float32).copy_(params)
+
+    def _launch(self, job: UpdateJob, copies: dict[Slab, DeviceCopy]) -> None:
+        leases = {slab: copies[slab].lease for slab in job.slabs}
+        # Each notes at its end that the stream has used the lease.
+        uses = [leases[slab].view("read" if slab is job.grads else "write") for slab in job.slabs]
+        arguments = (
+            self._device.device,
+            job.layout.format,
+            job.segments,
+            leases[job.unit.param_slab].address,
+            leases[job.grads].address,
+            0 if job.master is None else leases[job.master].address,
+            [leases[slab].address for slab in job.states],
+            [leases[slab].address for slab in job.scales],
+            job.unit.name,
+        )
+        launched = self._launched.setdefault(job.unit, [])
+        # Signal handlers run between C functions: it is never launched twice.
+        launched.extend(starmap(_native.device_update, (arguments,)))
+        del uses
