@@ -111,7 +111,7 @@ class Resources:
                 if arena is not None:
                     store.add_memory(arena)
         pipeline = open_pipeline(store, home, plan.staging_bytes)
-        mover = Mover(home, ring, store)
+        mover = Mover(home, ring, store, policy.debug)
         tier = self._device_tier(device, mover) if device is not None else None
         return RuntimeContext(policy, plan, mover, pipeline, space, tier)
 
