@@ -30,6 +30,9 @@ class Lease(Buffer):
     @property
     def address(self) -> int: ...
 
+def crc32c(lease: Lease, nbytes: int) -> int:
+    """Return the CRC32C of the first `nbytes` of `lease`."""
+
 @final
 class HostArena:
     """All host memory of a wrapped model, under one hard budget."""

@@ -8,6 +8,7 @@
 #include <string>
 #include <variant>
 
+#include "base/crc32c.h"
 #include "bind/bindings.h"
 #include "bind/errors.h"
 #include "device/device.h"
@@ -43,6 +44,15 @@ void bind_memory(py::module_& m) {
         return py::buffer_info(reinterpret_cast<std::uint8_t*>(lease.data()),
                                static_cast<py::ssize_t>(lease.nbytes()));
       });
+  m.def(
+      "crc32c",
+      [](const Lease& lease, std::uint64_t nbytes) {
+        if (nbytes > lease.nbytes()) {
+          raise(Status::error(Code::kInvalid, "crc32c: the lease is shorter"));
+        }
+        return unlocked([&] { return crc32c(lease.data(), nbytes); });
+      },
+      py::arg("lease"), py::arg("nbytes"), "CRC32C of the first `nbytes` of a lease.");
   py::class_<HostMemory, std::shared_ptr<HostMemory>>(m, "HostArena")
       .def(py::init([](std::uint64_t budget, bool poison, const Pin& pin) {
              HostMemoryOptions options;

@@ -139,7 +139,7 @@ class Resources:
                 if arena is not None:
                     store.add_memory(arena)
         pipeline = open_pipeline(store, home, plan.staging_bytes)
-        mover = Mover(home, ring, store)
+        mover = Mover(home, ring, store, policy.debug)
         tier = self._device_tier(device, mover) if device is not None else None
         context = RuntimeContext(policy, plan, mover, pipeline, space, tier)
         if tier is not None and self.device_plan is not None and self.device_plan.updates:

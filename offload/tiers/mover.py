@@ -21,6 +21,7 @@ from typing import Any, Protocol, TypeVar
 
 from offload import _native
 from offload.errors import BudgetError, OffloadError, TransferCancelledError
+from offload.tiers.checksums import Checksums
 from offload.tiers.slab import Arrival, Residency, Slab
 
 NEVER = 1 << 60
@@ -57,12 +58,15 @@ class Mover:
         home: _native.HostArena,
         ring: _native.HostArena | None,
         store: _native.SwapStore | None,
+        debug: bool = False,
     ) -> None:
         """Move slabs between host memory and `store`.
 
         Pinned slabs take memory of `home`, the others of `ring`: long-lived and short-lived memory
-        apart, the ring cannot fragment. Without a store nothing can be spilled.
+        apart, the ring cannot fragment. Without a store nothing can be spilled. `debug`: see
+        checksums.py.
         """
+        self._checksums = Checksums(debug)
         self.home = home
         self.ring = ring
         self.store = store
@@ -98,6 +102,7 @@ class Mover:
         slab.residency = Residency.HOST
         slab.dirty = True
         slab.source = None
+        self._checksums.forget(slab)
 
     def load_from(self, slab: Slab, source: _native.FileRanges) -> None:
         """Replace the bytes of `slab` by those of files, which it is read from afterwards.
@@ -211,6 +216,7 @@ class Mover:
         """Somebody else read it into its memory: memory and disk hold the current bytes."""
         slab.residency = Residency.HOST
         slab.dirty = False
+        self._checksums.note(slab)
 
     def write_back(self, slab: Slab) -> None:
         """Start writing a dirty slab; it stays in memory and is clean once that is done."""
@@ -237,6 +243,7 @@ class Mover:
         slab.source = None
         slab.dirty = True
         slab.changed_in_flight = slab.pending_write
+        self._checksums.forget(slab)
 
     def mark_on_disk(self, slab: Slab) -> None:
         """The bytes on disk were replaced by somebody else; memory holds nothing."""
@@ -335,6 +342,7 @@ class Mover:
     def evict(self, slab: Slab) -> None:
         """Give up the memory of a slab that nobody holds and that is clean or unwanted."""
         if slab.wanted:
+            self._checksums.verify(slab)
             slab.residency = Residency.DISK
         else:
             slab.residency = Residency.ABSENT
@@ -342,6 +350,7 @@ class Mover:
         self._drop(slab)
 
     def _drop(self, slab: Slab) -> None:
+        self._checksums.forget(slab)
         slab.lease = None
         self._spillable.pop(slab, None)
 
@@ -447,3 +456,5 @@ class Mover:
         elif slab.lease is not None:
             slab.residency = Residency.HOST
             slab.dirty, slab.changed_in_flight = slab.changed_in_flight, False
+        if not slab.dirty:
+            self._checksums.note(slab)

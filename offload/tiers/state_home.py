@@ -96,7 +96,7 @@ class StateHome:
         except BaseException:
             space.store.close()
             raise
-        return cls(Mover(home, None, space.store), space, pipeline, pinned, policy)
+        return cls(Mover(home, None, space.store, policy.debug), space, pipeline, pinned, policy)
 
     @classmethod
     def passing(cls, policy: Policy) -> StateHome:
@@ -121,7 +121,7 @@ class StateHome:
         except BaseException:
             space.store.close()
             raise
-        return cls(Mover(ring, ring, space.store), space, None, 0, policy)
+        return cls(Mover(ring, ring, space.store, policy.debug), space, None, 0, policy)
 
     @classmethod
     def of_context(cls, context: RuntimeContext) -> StateHome:
