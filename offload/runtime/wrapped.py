@@ -203,10 +203,9 @@ class WrappedModel:
         files = context.weight_files.bytes_read if context.weight_files is not None else 0
         update = context.pipeline.stats()
         tier = context.device
-        on_device = tier.counters() if tier is not None else {}
-        on_device |= context.updates.on_device
+        on_device = context.updates.on_device
         return {
-            **on_device,
+            **(tier.counters() if tier is not None else {}),
             "arena_budget_bytes": context.plan.budget_bytes,
             "arena_in_use_bytes": sum(usage["in_use"] for usage in arenas),
             "arena_peak_bytes": sum(usage["peak"] for usage in arenas),

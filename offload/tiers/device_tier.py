@@ -238,6 +238,7 @@ class DeviceTier:
 
     def send(self, slab: Slab, to_disk: bool = True) -> None:
         """Send a copy that is ahead home, to the slab's place on disk too; the copy stays.
+
         Nothing waits for it here.
         """
         copy = self._copies.get(slab)

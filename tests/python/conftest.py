@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from computing_on import has_cuda, is_cuda, on_device
+
 from offload.errors import UnsupportedError
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats itself then

@@ -56,8 +56,9 @@ def test_a_change_past_torch(tmp_path: Path, debug: bool) -> None:
     slab = clean_slab(model)
     ctypes.memset(slab.address + 1000, 0x55, 4)
     if debug:
-        with pytest.raises(CorruptionError, match=r"changed in memory since .*materialize"), (
-            torch.no_grad()
+        with (
+            pytest.raises(CorruptionError, match=r"changed in memory since .*materialize"),
+            torch.no_grad(),
         ):
             for _ in range(3):
                 model(torch.randn(8, 256))
