@@ -342,6 +342,19 @@ class SwapStore:
     def read(self, object: int, lease: Lease, nbytes: int, demand: bool = False) -> Transfer:
         """Start to read the whole object to the first `nbytes` of `lease`."""
 
+    def read_blocks(
+        self,
+        object: int,
+        lease: Lease,
+        nbytes: int,
+        spans: Sequence[tuple[int, int]],
+        demand: bool = False,
+    ) -> Transfer:
+        """Start to read bytes [begin, end) of the object, whole blocks, to their places in `lease`.
+
+        Its other bytes stay as they are.
+        """
+
     def stats(self) -> dict[str, Any]:
         """Return counters since the store was opened.
 
@@ -407,6 +420,15 @@ class FileRanges:
     ) -> None: ...
     def read(self, lease: Lease, demand: bool = False) -> Transfer:
         """Start to read all parts; what lies between them stays as it is. One at a time."""
+
+    @property
+    def blocks(self) -> list[tuple[int, int]]:
+        """Bytes [begin, end) of the buffer that can be read by themselves, ascending."""
+
+    def read_blocks(
+        self, lease: Lease, spans: Sequence[tuple[int, int]], demand: bool = False
+    ) -> Transfer:
+        """Do the same as read() for the blocks that `spans`, ascending, consist of."""
 
 @final
 class AtenRounding:

@@ -126,7 +126,8 @@ class Policy:
             a model that does not fit into the host budget is refused.
         units: names of modules (as in ``model.named_modules()``) whose parameters are fetched and
             released together. None: found automatically; each expert of a mixture that keeps its
-            experts in a ``ModuleList`` or ``ModuleDict`` is one.
+            experts in a ``ModuleList`` or ``ModuleDict`` is one, and so is a module whose
+            parameters have a row for each expert, of which only those that are used are read.
         max_unit_bytes: a block found automatically is split into its child modules while it is
             larger than this. None: 1/24 of the host budget, and at most 1/6 of the device's (1/16
             where updates may run there), so that several units fit at once.

@@ -141,6 +141,19 @@ struct FileEngine {
   const std::shared_ptr<IoEngine> engine;
 };
 
+using SpanTuples = std::vector<std::tuple<std::uint64_t, std::uint64_t>>;
+
+std::vector<Transfer::Span> to_spans(const SpanTuples& tuples) {
+  std::vector<Transfer::Span> spans;
+  spans.reserve(tuples.size());
+  for (const auto& [begin, end] : tuples) spans.push_back({begin, end});
+  return spans;
+}
+
+IoPriority priority_of(bool demand) {
+  return demand ? IoPriority::kDemand : IoPriority::kBackground;
+}
+
 using PartTuple = std::tuple<std::shared_ptr<ReadOnlyFile>, std::uint64_t, std::uint64_t,
                              std::uint64_t, std::string>;
 
@@ -181,10 +194,27 @@ void bind_file_ranges(py::module_& m) {
       .def(
           "read",
           [](FileRanges& ranges, const std::shared_ptr<Lease>& lease, bool demand) {
-            const IoPriority priority = demand ? IoPriority::kDemand : IoPriority::kBackground;
-            return take(unlocked([&] { return Transfer::read(ranges, lease, priority); }));
+            return take(
+                unlocked([&] { return Transfer::read(ranges, lease, priority_of(demand)); }));
           },
-          py::arg("lease"), py::arg("demand") = false);
+          py::arg("lease"), py::arg("demand") = false)
+      .def_property_readonly("blocks",
+                             [](const FileRanges& ranges) {
+                               SpanTuples blocks;
+                               for (const Transfer::Span& block : ranges.blocks()) {
+                                 blocks.emplace_back(block.begin, block.end);
+                               }
+                               return blocks;
+                             })
+      .def(
+          "read_blocks",
+          [](FileRanges& ranges, const std::shared_ptr<Lease>& lease, const SpanTuples& spans,
+             bool demand) {
+            return take(unlocked([&] {
+              return Transfer::read_blocks(ranges, lease, to_spans(spans), priority_of(demand));
+            }));
+          },
+          py::arg("lease"), py::arg("spans"), py::arg("demand") = false);
 }
 
 }  // namespace
@@ -276,20 +306,30 @@ void bind_store(py::module_& m) {
           "write",
           [](SwapStore& store, ObjectId object, const std::shared_ptr<Lease>& lease,
              std::uint64_t nbytes, bool demand) {
-            const IoPriority priority = demand ? IoPriority::kDemand : IoPriority::kBackground;
-            return take(
-                unlocked([&] { return Transfer::write(store, object, lease, nbytes, priority); }));
+            return take(unlocked([&] {
+              return Transfer::write(store, object, lease, nbytes, priority_of(demand));
+            }));
           },
           py::arg("object"), py::arg("lease"), py::arg("nbytes"), py::arg("demand") = false)
       .def(
           "read",
           [](SwapStore& store, ObjectId object, const std::shared_ptr<Lease>& lease,
              std::uint64_t nbytes, bool demand) {
-            const IoPriority priority = demand ? IoPriority::kDemand : IoPriority::kBackground;
-            return take(
-                unlocked([&] { return Transfer::read(store, object, lease, nbytes, priority); }));
+            return take(unlocked(
+                [&] { return Transfer::read(store, object, lease, nbytes, priority_of(demand)); }));
           },
           py::arg("object"), py::arg("lease"), py::arg("nbytes"), py::arg("demand") = false)
+      .def(
+          "read_blocks",
+          [](SwapStore& store, ObjectId object, const std::shared_ptr<Lease>& lease,
+             std::uint64_t nbytes, const SpanTuples& spans, bool demand) {
+            return take(unlocked([&] {
+              return Transfer::read_blocks(store, object, lease, nbytes, to_spans(spans),
+                                           priority_of(demand));
+            }));
+          },
+          py::arg("object"), py::arg("lease"), py::arg("nbytes"), py::arg("spans"),
+          py::arg("demand") = false)
       .def("stats", &stats_dict)
       .def_property_readonly(
           "engine", [](const SwapStore& store) { return store.stripes()[0].engine->name(); })

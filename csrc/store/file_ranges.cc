@@ -59,6 +59,20 @@ FileRanges::FileRanges(std::shared_ptr<IoEngine> engine, std::vector<Part> parts
     }
     buffer_bytes_ = std::max(buffer_bytes_, parts_[i].at + parts_[i].nbytes);
   }
+  std::sort(blocks_.begin(), blocks_.end(),
+            [this](const Block& a, const Block& b) { return span_of(a).begin < span_of(b).begin; });
+}
+
+FileRanges::Span FileRanges::span_of(const Block& block) const {
+  const std::uint64_t begin = parts_[block.part].at + block.first;
+  return {begin, begin + block.nbytes};
+}
+
+std::vector<FileRanges::Span> FileRanges::blocks() const {
+  std::vector<Span> spans;
+  spans.reserve(blocks_.size());
+  for (const Block& block : blocks_) spans.push_back(span_of(block));
+  return spans;
 }
 
 Result<std::shared_ptr<FileRanges>> FileRanges::create(std::shared_ptr<IoEngine> engine,
@@ -80,18 +94,47 @@ Result<std::shared_ptr<FileRanges>> FileRanges::create(std::shared_ptr<IoEngine>
 
 Status FileRanges::read(std::byte* buffer, IoPriority priority, Completion done,
                         const std::atomic<bool>* cancel) {
+  std::vector<Block*> blocks;
+  blocks.reserve(blocks_.size());
+  for (Block& block : blocks_) blocks.push_back(&block);
+  return start(buffer, blocks, priority, std::move(done), cancel);
+}
+
+Status FileRanges::read_blocks(std::byte* buffer, std::span<const Span> spans, IoPriority priority,
+                               Completion done, const std::atomic<bool>* cancel) {
+  std::vector<Block*> blocks;
+  auto next = blocks_.begin();
+  for (const Span& span : spans) {
+    while (next != blocks_.end() && span_of(*next).begin < span.begin) ++next;
+    const std::size_t before = blocks.size();
+    for (; next != blocks_.end() && span_of(*next).end <= span.end; ++next) {
+      blocks.push_back(&*next);
+    }
+    if (blocks.size() == before || span_of(*blocks[before]).begin != span.begin ||
+        span_of(*blocks.back()).end != span.end) {
+      return Status::error(Code::kInvalid, "[" + std::to_string(span.begin) + ", " +
+                                               std::to_string(span.end) +
+                                               ") are not whole blocks of ranges of files");
+    }
+  }
+  if (blocks.empty()) return Status::error(Code::kInvalid, "a read of no blocks");
+  return start(buffer, blocks, priority, std::move(done), cancel);
+}
+
+Status FileRanges::start(std::byte* buffer, std::span<Block* const> blocks, IoPriority priority,
+                         Completion done, const std::atomic<bool>* cancel) {
   if (busy_.exchange(true)) {
     return Status::error(Code::kInvalid, "a read of the same ranges of files is in flight");
   }
   auto group = std::make_unique<Group>();
   group->owner = shared_from_this();
-  group->requests.resize(blocks_.size());
+  group->requests.resize(blocks.size());
   group->done = std::move(done);
-  group->left = blocks_.size();
+  group->left = blocks.size();
   std::vector<IoRequest*> batch;
-  batch.reserve(blocks_.size());
-  for (std::size_t i = 0; i < blocks_.size(); ++i) {
-    Block& block = blocks_[i];
+  batch.reserve(blocks.size());
+  for (std::size_t i = 0; i < blocks.size(); ++i) {
+    Block& block = *blocks[i];
     const Part& part = parts_[block.part];
     Request& request = group->requests[i];
     request.group = group.get();

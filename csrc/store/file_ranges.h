@@ -16,6 +16,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -34,6 +35,11 @@ class FileRanges : public std::enable_shared_from_this<FileRanges> {
     std::uint64_t at = 0;      // in the buffer
     std::string name;          // for messages
   };
+  // [begin, end) of the buffer.
+  struct Span {
+    std::uint64_t begin = 0;
+    std::uint64_t end = 0;
+  };
   // Called once, when all blocks of a read are done; the first error. On an engine thread.
   using Completion = std::function<void(const Status&)>;
 
@@ -48,6 +54,12 @@ class FileRanges : public std::enable_shared_from_this<FileRanges> {
   // started and `done` is not called.
   Status read(std::byte* buffer, IoPriority priority, Completion done,
               const std::atomic<bool>* cancel = nullptr);
+  // Where the blocks lie that can be read by themselves.
+  std::vector<Span> blocks() const;
+  // The same as read() for the blocks within `spans` alone, which are ascending; kInvalid when
+  // these do not begin and end with a block, or have none.
+  Status read_blocks(std::byte* buffer, std::span<const Span> spans, IoPriority priority,
+                     Completion done, const std::atomic<bool>* cancel = nullptr);
 
  private:
   struct Block {
@@ -61,11 +73,14 @@ class FileRanges : public std::enable_shared_from_this<FileRanges> {
   struct Group;
 
   FileRanges(std::shared_ptr<IoEngine> engine, std::vector<Part> parts, std::uint64_t block_bytes);
+  Span span_of(const Block& block) const;
+  Status start(std::byte* buffer, std::span<Block* const> blocks, IoPriority priority,
+               Completion done, const std::atomic<bool>* cancel);
   Status verify(Block& block, const std::byte* data, const Status& read);
 
   const std::shared_ptr<IoEngine> engine_;
   const std::vector<Part> parts_;
-  std::vector<Block> blocks_;  // one read at a time uses them
+  std::vector<Block> blocks_;  // by place in the buffer; one read at a time uses them
   std::uint64_t buffer_bytes_ = 0;
   std::atomic<bool> busy_{false};
 };

@@ -5,12 +5,14 @@
 #include <span>
 #include <string>
 #include <utility>
+#include <vector>
 
 namespace offload {
 
 Result<std::shared_ptr<Transfer>> Transfer::start(SwapStore& store, IoOp op, ObjectId object,
                                                   std::shared_ptr<Lease> lease,
-                                                  std::uint64_t nbytes, IoPriority priority) {
+                                                  std::uint64_t nbytes, std::span<const Span> spans,
+                                                  IoPriority priority) {
   if (nbytes > lease->nbytes()) {
     return Status::error(Code::kInvalid, "a transfer of " + std::to_string(nbytes) +
                                              " bytes does not fit a lease of " +
@@ -23,14 +25,22 @@ Result<std::shared_ptr<Transfer>> Transfer::start(SwapStore& store, IoOp op, Obj
                                              " bytes is not the whole of a swap object of " +
                                              std::to_string(size.value()));
   }
+  std::vector<SwapStore::Range> ranges;
+  ranges.reserve(spans.size());
+  for (const Span& span : spans) {
+    if (span.begin >= span.end || span.end > nbytes) {
+      return Status::error(Code::kInvalid,
+                           "[" + std::to_string(span.begin) + ", " + std::to_string(span.end) +
+                               ") is no part of a swap object of " + std::to_string(nbytes));
+    }
+    ranges.push_back({object, span.begin, lease->data() + span.begin, span.end - span.begin});
+  }
   auto transfer = std::make_shared<Transfer>();
-  const SwapStore::Range range{object, 0, lease->data(), nbytes};
   const std::atomic<bool>* cancelled = &transfer->cancelled_;
   auto done = [transfer, lease = std::move(lease)](const Status& status) mutable {
     lease.reset();
     transfer->finish(status);
   };
-  const std::span<const SwapStore::Range> ranges(&range, 1);
   OFFLOAD_RETURN_IF_ERROR(op == IoOp::kWrite
                               ? store.write(ranges, priority, std::move(done), cancelled)
                               : store.read(ranges, priority, std::move(done), cancelled));
@@ -40,17 +50,28 @@ Result<std::shared_ptr<Transfer>> Transfer::start(SwapStore& store, IoOp op, Obj
 Result<std::shared_ptr<Transfer>> Transfer::write(SwapStore& store, ObjectId object,
                                                   std::shared_ptr<Lease> lease,
                                                   std::uint64_t nbytes, IoPriority priority) {
-  return start(store, IoOp::kWrite, object, std::move(lease), nbytes, priority);
+  const Span whole{0, nbytes};
+  return start(store, IoOp::kWrite, object, std::move(lease), nbytes, {&whole, 1}, priority);
 }
 
 Result<std::shared_ptr<Transfer>> Transfer::read(SwapStore& store, ObjectId object,
                                                  std::shared_ptr<Lease> lease, std::uint64_t nbytes,
                                                  IoPriority priority) {
-  return start(store, IoOp::kRead, object, std::move(lease), nbytes, priority);
+  const Span whole{0, nbytes};
+  return start(store, IoOp::kRead, object, std::move(lease), nbytes, {&whole, 1}, priority);
 }
 
-Result<std::shared_ptr<Transfer>> Transfer::read(FileRanges& ranges, std::shared_ptr<Lease> lease,
-                                                 IoPriority priority) {
+Result<std::shared_ptr<Transfer>> Transfer::read_blocks(SwapStore& store, ObjectId object,
+                                                        std::shared_ptr<Lease> lease,
+                                                        std::uint64_t nbytes,
+                                                        std::span<const Span> spans,
+                                                        IoPriority priority) {
+  return start(store, IoOp::kRead, object, std::move(lease), nbytes, spans, priority);
+}
+
+template <typename Read>
+Result<std::shared_ptr<Transfer>> Transfer::from_files(const FileRanges& ranges,
+                                                       std::shared_ptr<Lease> lease, Read read) {
   if (ranges.buffer_bytes() > lease->nbytes()) {
     return Status::error(Code::kInvalid,
                          "ranges of files of " + std::to_string(ranges.buffer_bytes()) +
@@ -62,8 +83,24 @@ Result<std::shared_ptr<Transfer>> Transfer::read(FileRanges& ranges, std::shared
     lease.reset();
     transfer->finish(status);
   };
-  OFFLOAD_RETURN_IF_ERROR(ranges.read(buffer, priority, std::move(done), &transfer->cancelled_));
+  OFFLOAD_RETURN_IF_ERROR(read(buffer, std::move(done), &transfer->cancelled_));
   return transfer;
+}
+
+Result<std::shared_ptr<Transfer>> Transfer::read(FileRanges& ranges, std::shared_ptr<Lease> lease,
+                                                 IoPriority priority) {
+  return from_files(ranges, std::move(lease), [&](std::byte* buffer, auto done, auto* cancel) {
+    return ranges.read(buffer, priority, std::move(done), cancel);
+  });
+}
+
+Result<std::shared_ptr<Transfer>> Transfer::read_blocks(FileRanges& ranges,
+                                                        std::shared_ptr<Lease> lease,
+                                                        std::span<const Span> spans,
+                                                        IoPriority priority) {
+  return from_files(ranges, std::move(lease), [&](std::byte* buffer, auto done, auto* cancel) {
+    return ranges.read_blocks(buffer, spans, priority, std::move(done), cancel);
+  });
 }
 
 bool Transfer::done() const {

@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <memory>
 #include <mutex>
+#include <span>
 
 #include "base/status.h"
 #include "mem/host_memory.h"
@@ -30,9 +31,24 @@ class Transfer {
                                                 std::shared_ptr<Lease> lease, std::uint64_t nbytes,
                                                 IoPriority priority);
 
+  // Bytes [begin, end) of an object and of the lease.
+  using Span = FileRanges::Span;
+  // Reads `spans` of an object of `nbytes`, each to its place in the lease, the rest of which stays
+  // as it is. kInvalid when there are none, or one does not consist of whole blocks.
+  static Result<std::shared_ptr<Transfer>> read_blocks(SwapStore& store, ObjectId object,
+                                                       std::shared_ptr<Lease> lease,
+                                                       std::uint64_t nbytes,
+                                                       std::span<const Span> spans,
+                                                       IoPriority priority);
+
   // Reads all of `ranges` to the lease. kInvalid when it is too small.
   static Result<std::shared_ptr<Transfer>> read(FileRanges& ranges, std::shared_ptr<Lease> lease,
                                                 IoPriority priority);
+  // Reads those of its blocks that `spans`, ascending, consist of.
+  static Result<std::shared_ptr<Transfer>> read_blocks(FileRanges& ranges,
+                                                       std::shared_ptr<Lease> lease,
+                                                       std::span<const Span> spans,
+                                                       IoPriority priority);
 
   bool done() const;
   // Blocks until done; the transfer's outcome. May be called any number of times.
@@ -51,7 +67,11 @@ class Transfer {
  private:
   static Result<std::shared_ptr<Transfer>> start(SwapStore& store, IoOp op, ObjectId object,
                                                  std::shared_ptr<Lease> lease, std::uint64_t nbytes,
-                                                 IoPriority priority);
+                                                 std::span<const Span> spans, IoPriority priority);
+  // `read` starts a read to the memory it is given.
+  template <typename Read>
+  static Result<std::shared_ptr<Transfer>> from_files(const FileRanges& ranges,
+                                                      std::shared_ptr<Lease> lease, Read read);
 
   std::atomic<bool> cancelled_{false};
   mutable std::mutex mutex_;

@@ -11,6 +11,7 @@ from torch import nn
 
 from offload.errors import PolicyError, UnsupportedError
 from offload.planner import SMALL_BYTES
+from offload.runtime.experts import expert_parameters
 from offload.runtime.precision import Dtypes
 from offload.tiers.compute_device import CPU
 
@@ -55,7 +56,8 @@ def find_units(
     With `names`, these modules are units, whole. Otherwise the children of every ModuleList and
     Sequential are, split into their own children while they hold more than `limit` bytes or
     contain experts: modules alike in a ModuleList or ModuleDict, of which a forward may use some
-    only, so that each is a unit. What remains becomes units of its own: each module that owns
+    only, so that each is a unit, or rows of parameters, whose module is a unit then
+    (experts.py). What remains becomes units of its own: each module that owns
     parameters directly. Where a module's parameters are of several dtypes, or some are frozen,
     those of each kind are a unit.
 
@@ -81,7 +83,7 @@ def find_units(
         if module in inside:
             continue
         unit = FoundUnit(name or "(root)", module)
-        unit.nested = any(True for _ in module.children())
+        unit.nested = _contains_units(module, dtypes)
         _claim(unit, name, module, owner)
         units.append(unit)
     units = [unit for unit in units if unit.own]
@@ -96,6 +98,14 @@ def find_units(
         if foreign:
             shared.append((module, foreign))
     return Discovery([part for unit in units for part in _by_kind(unit, dtypes)], shared)
+
+
+def _contains_units(module: nn.Module, dtypes: Dtypes) -> bool:
+    """Whether units come and go while `module` runs, as far as one can tell."""
+    children = list(module.children())
+    if expert_parameters(module, dtypes):  # an activation function is a child, say
+        return any(True for child in children for _ in child.parameters())
+    return bool(children)
 
 
 def _by_kind(unit: FoundUnit, dtypes: Dtypes) -> list[FoundUnit]:
@@ -154,12 +164,17 @@ def _blocks(model: nn.Module, limit: int, dtypes: Dtypes) -> list[str]:
                 continue
             seen.add(child)
             path = f"{name}.{child_name}" if name else child_name
-            if isinstance(module, nn.ModuleList | nn.Sequential):
+            if expert_parameters(child, dtypes):
+                found.append(path)
+            elif isinstance(module, nn.ModuleList | nn.Sequential):
                 split(path, child)
             else:
                 visit(path, child)
 
     def split(path: str, module: nn.Module) -> None:
+        if expert_parameters(module, dtypes):
+            found.append(path)
+            return
         children = [
             (f"{path}.{name}", child)
             for name, child in module.named_children()
@@ -179,7 +194,12 @@ def _blocks(model: nn.Module, limit: int, dtypes: Dtypes) -> list[str]:
 
 
 def _is_experts(module: nn.Module, dtypes: Dtypes) -> bool:
-    """Whether the children of `module` are alike, and large enough to be moved one by one."""
+    """Whether `module` has experts that are large enough to be moved one by one.
+
+    They are rows of its parameters, or its children, which are alike.
+    """
+    if expert_parameters(module, dtypes):
+        return True
     children = list(module.children())
     if not isinstance(module, nn.ModuleList | nn.ModuleDict) or len(children) < 2:
         return False

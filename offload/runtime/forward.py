@@ -11,10 +11,13 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from offload.runtime.experts import Routing, is_routed
+from offload.runtime.row_guard import RowGuard
 from offload.runtime.saved_tensors import SavedTensorHooks
 from offload.tiers.context import RuntimeContext
+from offload.tiers.scopes import RowUse
 from offload.tiers.uncompiled import uncompiled
-from offload.tiers.unit import Unit
+from offload.tiers.unit import Rows, Unit
 from offload.trace import Phase
 
 
@@ -22,7 +25,8 @@ class ForwardHooks:
     """The hooks on the modules of one wrapped model.
 
     Protocol of a module's forward:
-     1. enter: open a scope; fetch and hold the module's units; activate the saved-tensor hooks.
+     1. enter: open a scope; fetch and hold the module's units, or the rows that its arguments name
+        (experts.py); activate the saved-tensor hooks.
      2. the module runs; spilled parameters of other units that it touches join its scope.
      3. leave, also after an exception: the units of the scope are released, newest scope first.
     A scope that was never left (KeyboardInterrupt skips forward hooks) is cleared when its thread's
@@ -50,15 +54,20 @@ class ForwardHooks:
         for inner in module.modules():
             self._outer.setdefault(inner, set()).add(module)
 
-        def enter(module: nn.Module, args: Any) -> None:
+        counts = [param.rows for unit in units for param in unit.params if param.rows]
+        routing = Routing(module, counts[0]) if counts and is_routed(module) else None
+
+        def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
             with self._context.lock:
-                self._enter(module, units)
+                rows = None if routing is None else routing.rows(args, kwargs)
+                self._enter(module, units, rows)
 
         def leave(module: nn.Module, args: Any, output: Any) -> None:
             with self._context.lock:
                 self._leave(module)
 
-        self.handles.append(module.register_forward_pre_hook(uncompiled(enter), prepend=True))
+        before = module.register_forward_pre_hook(uncompiled(enter), prepend=True, with_kwargs=True)
+        self.handles.append(before)
         self.handles.append(module.register_forward_hook(uncompiled(leave), always_call=True))
 
     @contextmanager
@@ -72,7 +81,7 @@ class ForwardHooks:
             with self._context.lock:
                 self._leave(module)
 
-    def _enter(self, module: nn.Module, units: list[Unit]) -> None:
+    def _enter(self, module: nn.Module, units: list[Unit], rows: Rows = None) -> None:
         context = self._context
         if self._is_stale(module):
             self.reset()
@@ -84,8 +93,17 @@ class ForwardHooks:
         scope = context.scopes.open(module)
         scope.hooks_pushed = self._saved.push()
         for unit in units:
-            context.acquire(unit, Phase.FORWARD)
+            used = rows if context.goes_by_row(unit) else None
+            if used is not None:
+                scope.by_row[unit] = RowUse(used)
+                if torch.is_grad_enabled():
+                    unit.saved_rows = None
+            context.acquire(unit, Phase.FORWARD, used)
             scope.units.append(unit)
+        if scope.by_row:
+            guard = RowGuard(context, scope.by_row)
+            guard.__enter__()  # type: ignore[no-untyped-call]
+            scope.guard = guard
 
     def _leave(self, module: nn.Module) -> None:
         if not any(scope.module is module for scope in self._context.scopes.mine):
@@ -95,6 +113,8 @@ class ForwardHooks:
 
     def _close_innermost(self) -> nn.Module:
         scope = self._context.scopes.close()
+        if scope.guard is not None:
+            scope.guard.__exit__(None, None, None)
         if scope.hooks_pushed:
             self._saved.pop()
         for unit in scope.units + scope.touched:

@@ -26,8 +26,9 @@ from offload.errors import OffloadError
 from offload.runtime.activations import Activations
 from offload.tiers.activation_handle import Handle
 from offload.tiers.context import RuntimeContext
+from offload.tiers.scopes import RowUse
 from offload.tiers.uncompiled import uncompiled
-from offload.tiers.unit import OffloadedParam
+from offload.tiers.unit import OffloadedParam, RowsParameter
 
 Pack = Callable[[torch.Tensor], Any]
 Unpack = Callable[[Any], torch.Tensor]
@@ -58,6 +59,7 @@ class _SlabReference:
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     dtype: torch.dtype
+    use: RowUse | None  # of a call that uses some rows only
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,9 @@ class SavedTensorHooks:
         reference = self._reference(tensor)
         if outer is not None and (reference is None or show):
             pack, unpack = outer
-            return _Outer(pack(tensor if reference is None else tensor.detach()), unpack)
+            with torch._C.DisableTorchFunctionSubclass():
+                shown = tensor if reference is None else tensor.detach()
+            return _Outer(pack(shown), unpack)
         if reference is not None:
             return reference
         moved = self._activations.save(tensor) if self._activations is not None else None
@@ -144,6 +148,9 @@ class SavedTensorHooks:
         param = self._context.pointers.by_address.get(tensor.untyped_storage().data_ptr())
         if param is None:
             return None
+        use = self._context.scopes.row_use(param.unit)
+        if use is not None:
+            param.unit.saved_rows = use
         return _SlabReference(
             param,
             param.unit.version,
@@ -151,6 +158,7 @@ class SavedTensorHooks:
             tuple(tensor.shape),
             tensor.stride(),
             tensor.dtype,
+            use,
         )
 
     def _unpack(self, packed: Any) -> torch.Tensor:
@@ -184,7 +192,7 @@ class SavedTensorHooks:
                     "optimizer step, say) between this forward and its backward"
                 )
             context.gradients.begin_backward(unit)
-            context.load_for_compute(unit)
+            context.load_for_compute(unit, reference.use.rows if reference.use else None)
             whole = context.pointers.view(reference.param)
             if whole.dtype is not reference.dtype:
                 whole = whole.view(reference.dtype)
@@ -192,4 +200,4 @@ class SavedTensorHooks:
 
 
 _TOP_HOOKS = "_top_saved_tensors_default_hooks"
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
+_PLAIN = (torch.Tensor, torch.nn.Parameter, RowsParameter)

@@ -20,6 +20,7 @@ from offload.runtime.blocks import find_blocks
 from offload.runtime.buffers import MovedBuffers
 from offload.runtime.deferred import to_memory
 from offload.runtime.discover import Discovery, find_units
+from offload.runtime.experts import expert_parameters
 from offload.runtime.forward import ForwardHooks
 from offload.runtime.precision import add_precision_hooks, compute_dtypes
 from offload.runtime.resources import Resources
@@ -128,9 +129,10 @@ class WrappedModel:
             for module, needed in uses.items():
                 self._forward.add(module, needed)
             for unit in units:
-                with self.context.held(unit):
-                    for param in unit.trainable:
-                        self._backward.add(param)
+                if unit.trainable:
+                    with self.context.held(unit):
+                        for param in unit.trainable:
+                            self._backward.add(param)
         self._handles += self._forward.handles + self._backward.handles
         self._handles += add_state_dict_hooks(self.model, self.context)
         if any(unit.is_narrowed for unit in units):
@@ -270,7 +272,11 @@ def _lay_out(
 ) -> tuple[list[Unit], list[UnitSpec]]:
     units, specs = [], []
     for index, source in enumerate(found.units):
-        own = [OffloadedParam(param, name, dtypes[param], device) for name, param in source.own]
+        by_row = expert_parameters(source.module, dtypes)
+        own = [
+            OffloadedParam(param, name, dtypes[param], device, by_row=param in by_row)
+            for name, param in source.own
+        ]
         unit = Unit(index, source.name, own)
         units.append(unit)
         frozen_masters = (p.numel * 4 for p in own if p.is_narrowed and not p.trainable and p.numel)

@@ -27,12 +27,12 @@ from offload.tiers.mover import Mover
 from offload.tiers.pointers import Pointers
 from offload.tiers.prefetcher import Prefetcher
 from offload.tiers.scopes import ForwardScopes
-from offload.tiers.slab import Slab
+from offload.tiers.slab import Residency, Slab
 from offload.tiers.state_home import StateHome
 from offload.tiers.state_layout import StateLayout
 from offload.tiers.state_slabs import StateSlabs
 from offload.tiers.swap_space import SwapSpace
-from offload.tiers.unit import SpilledParameter, Unit
+from offload.tiers.unit import Rows, SpilledParameter, Unit
 from offload.tiers.update_job import UpdateJob
 from offload.tiers.updates import Updates
 from offload.tiers.weight_files import WeightFiles, note_origin, origins_of, take_from_file
@@ -174,27 +174,30 @@ class RuntimeContext:
 
     # -- parameters -----------------------------------------------------------------------------
 
-    def attach(self, unit: Unit) -> None:
-        """Have the unit's parameters usable: current bytes, in memory."""
+    def attach(self, unit: Unit, rows: Rows = None) -> None:
+        """Have the unit's parameters usable: current bytes, in memory, of those `rows` at least."""
         if unit.attached and not unit.updating:
+            if unit.param_slab.residency is Residency.PARTIAL:
+                self.load(unit, rows)
+                self.pointers.note_complete(unit)
             return
-        self.load_for_compute(unit)
+        self.load_for_compute(unit, rows)
         start = self.pointers.start_of(unit)
         for param in unit.params:  # not those that are right: another thread may compute with them
-            if not unit.attached or param.param.data_ptr() != param.address(start):
+            if not unit.attached or self.pointers.address_of(param) != param.address(start):
                 self.pointers.point(param)
         unit.attached = True
         self.pointers.note_version(unit)
 
-    def load(self, unit: Unit) -> None:
-        """Have the current bytes of the unit's parameters in their slab's host memory."""
+    def load(self, unit: Unit, rows: Rows = None) -> None:
+        """Have the current bytes of the unit's parameters in host memory, or those of `rows`."""
         self.updates.finish(unit, load=True)
-        self.mover.fetch(unit.param_slab)
+        self.mover.fetch(unit.param_slab, unit.ranges(rows))
 
-    def load_for_compute(self, unit: Unit) -> None:
+    def load_for_compute(self, unit: Unit, rows: Rows = None) -> None:
         """Have them where the compute uses them, which is to hold the unit meanwhile."""
         if self.device is None:
-            self.load(unit)
+            self.load(unit, rows)
         else:
             self.updates.finish(unit, load=True)
             self.device.fetch(unit.param_slab)
@@ -210,13 +213,17 @@ class RuntimeContext:
             self.pointers.hide(param)
         unit.attached = False
 
-    def acquire(self, unit: Unit, phase: Phase) -> None:
-        """Attach `unit` for a use in forward and hold it until release()."""
+    def goes_by_row(self, unit: Unit) -> bool:
+        """Whether a use of some rows of `unit` need not fetch the others."""
+        return unit.by_row and self.device is None and not unit.param_slab.pinned
+
+    def acquire(self, unit: Unit, phase: Phase, rows: Rows = None) -> None:
+        """Attach `unit`, or `rows` of it, for a use in forward and hold it until release()."""
         unit.param_slab.locks += 1
         unit.forward_locks += 1
         try:
             self.prefetcher.advance(Use(unit.index, phase))
-            self.attach(unit)
+            self.attach(unit, rows)
         except BaseException:
             unit.param_slab.locks -= 1
             unit.forward_locks -= 1

@@ -8,24 +8,31 @@ Protocol of memory:
     then for optimizer updates that hold slabs. Only when none of these is left does it raise.
  4. a slab is evicted by dropping the references to its memory. Memory that some tensor still
     refers to returns to the arena when that tensor goes: it is never handed out twice.
+Protocol of a slab of which only some bytes are needed:
+ 1. its memory is all of it, but only the blocks that have those bytes are read: it is PARTIAL, and
+    knows which blocks it has (SlabBlocks). Memory that nothing was read to stays as it was.
+ 2. the next need reads what is still missing of it, beside what is in use. With the last block, the
+    slab is as any other. Until then it is clean, and nobody may change it.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import starmap
 from typing import Any, Protocol, TypeVar
 
 from offload import _native
 from offload.errors import BudgetError, OffloadError, TransferCancelledError
+from offload.tiers.blocks import Span
 from offload.tiers.checksums import Checksums
+from offload.tiers.reads import begin_partial, blocks_read, whole_read
 from offload.tiers.slab import Arrival, Residency, Slab
 
 NEVER = 1 << 60
-AnyArrival = TypeVar("AnyArrival", _native.Transfer, _native.DeviceTransfer)
+AnyArrival = TypeVar("AnyArrival", bound=Arrival)
 
 
 class Readers(Protocol):
@@ -47,7 +54,9 @@ class _Starting:
 
     slab: Slab
     is_write: bool
-    started: Sequence[Arrival]
+    nbytes: int
+    blocks: Sequence[int] = ()
+    started: Sequence[Arrival] = ()
 
 
 class Mover:
@@ -101,7 +110,7 @@ class Mover:
             self._take_memory(slab)
         slab.residency = Residency.HOST
         slab.dirty = True
-        slab.source = None
+        slab.source = slab.blocks = None
         self._checksums.forget(slab)
 
     def load_from(self, slab: Slab, source: _native.FileRanges) -> None:
@@ -142,7 +151,7 @@ class Mover:
         if slab.lease is None:
             raise OffloadError(f"{slab.name} is not in memory (internal error)")
         slab.changed_in_flight = not on_disk
-        return self._start(slab, False, start(slab.lease))
+        return self._start(_Starting(slab, False, slab.nbytes), start(slab.lease), ())
 
     def read_on(
         self,
@@ -163,39 +172,45 @@ class Mover:
         if not self.take_ahead(slab, use) or slab.lease is None:
             return None
         try:
-            return self._start(slab, False, start(slab.lease))
+            return self._start(_Starting(slab, False, slab.nbytes), start(slab.lease), ())
         except OffloadError:
             self._drop(slab)  # nothing was read
             raise
 
-    def fetch(self, slab: Slab) -> None:
-        """Have the current bytes of `slab` in memory; waits for the disk when they are not."""
+    def fetch(self, slab: Slab, ranges: Iterable[Span] | None = None) -> None:
+        """Have the current bytes of `slab` in memory; waits for the disk when they are not.
+
+        With `ranges`, those bytes at least.
+        """
         self._note_started()
         if slab.residency is Residency.HOST and slab.pending is None:
             return
         if slab.pending is not None and not slab.pending_write:
             self._finish(slab)
-            return
+            if slab.residency is not Residency.PARTIAL:
+                return
         if slab.residency is Residency.HOST:
             return  # being written: the bytes in memory stay valid
         if slab.residency is Residency.ABSENT:
             raise OffloadError(f"{slab.name} was needed before it was ever stored (internal error)")
-        self.misses += 1
-        self._take_memory(slab)
-        self._start_read(slab, demand=True)
-        self._finish(slab)
+        if slab.lease is None:
+            self._take_memory(slab)
+        if self._start_missing(slab, ranges, demand=True):
+            self.misses += 1
+            self._finish(slab)
 
-    def prefetch(self, slab: Slab, use: int) -> bool:
+    def prefetch(self, slab: Slab, use: int, ranges: Iterable[Span] | None = None) -> bool:
         """Start bringing `slab` to memory for use number `use` from now, if that is free of harm.
 
-        Returns False when there is no room that may be taken.
+        With `ranges`, only blocks with those bytes, unless some of it is in memory already. Returns
+        False when there is no room that may be taken.
         """
         self._note_started()
         if slab.lease is not None or slab.residency is not Residency.DISK:
             return True
         if not self.take_ahead(slab, use):
             return False
-        self._start_read(slab, demand=False)
+        self._start_missing(slab, ranges, demand=False)
         return True
 
     def take(self, slab: Slab) -> None:
@@ -216,6 +231,7 @@ class Mover:
         """Somebody else read it into its memory: memory and disk hold the current bytes."""
         slab.residency = Residency.HOST
         slab.dirty = False
+        slab.blocks = None
         self._checksums.note(slab)
 
     def write_back(self, slab: Slab) -> None:
@@ -227,7 +243,8 @@ class Mover:
             slab.swap_object = self.find_place(slab)
         if self.store is None or slab.swap_object is None or slab.lease is None:
             raise OffloadError(f"{slab.name} has no place on disk (internal error)")
-        self._start(slab, True, self.store.write, slab.swap_object, slab.lease, slab.nbytes)
+        args = slab.swap_object, slab.lease, slab.nbytes
+        self._start(_Starting(slab, True, slab.nbytes), self.store.write, args)
 
     def settle(self, slab: Slab) -> None:
         """Wait until no transfer of `slab` is in flight: its bytes may be changed."""
@@ -240,6 +257,8 @@ class Mover:
 
         A slab that came from a file lives in the swap store from now on.
         """
+        if slab.residency is Residency.PARTIAL:
+            raise OffloadError(f"{slab.name} was changed while parts were on disk (internal error)")
         slab.source = None
         slab.dirty = True
         slab.changed_in_flight = slab.pending_write
@@ -351,7 +370,7 @@ class Mover:
 
     def _drop(self, slab: Slab) -> None:
         self._checksums.forget(slab)
-        slab.lease = None
+        slab.lease = slab.blocks = None
         self._spillable.pop(slab, None)
 
     def _await_transfer(self) -> bool:
@@ -384,31 +403,47 @@ class Mover:
 
     # -- transfers ------------------------------------------------------------------------------
 
-    def _start_read(self, slab: Slab, demand: bool) -> None:
+    def _start_missing(self, slab: Slab, ranges: Iterable[Span] | None, demand: bool) -> bool:
+        """Start to read what `ranges` need and memory lacks; False when that is nothing."""
+        if ranges is None and slab.residency is Residency.DISK:
+            self._start_read(slab, demand)
+            return True
+        missing = begin_partial(slab, self.store).missing(ranges)
+        if missing:
+            self._start_read(slab, demand, missing)
+        return bool(missing)
+
+    def _start_read(self, slab: Slab, demand: bool, blocks: Sequence[int] = ()) -> None:
+        """Start to read `slab`; of a PARTIAL one, `blocks`."""
         if slab.lease is None:
             raise OffloadError(f"{slab.name} has no memory to be read to (internal error)")
         try:
-            if slab.source is not None:
-                self._start(slab, False, slab.source.read, slab.lease, demand)
-            elif self.store is not None and slab.swap_object is not None:
-                read, place = self.store.read, slab.swap_object
-                self._start(slab, False, read, place, slab.lease, slab.nbytes, demand)
+            if slab.residency is Residency.PARTIAL:
+                read = blocks_read(slab, self.store, blocks, demand)
             else:
-                raise OffloadError(f"{slab.name} has no place on disk (internal error)")
+                read = whole_read(slab, self.store, demand)
+            started = _Starting(slab, False, read.nbytes, read.blocks)
+            self._start(started, read.start, read.args)
         except OffloadError:
-            self._drop(slab)  # nothing was read
+            self._drop_unread(slab)
             raise
 
+    def _drop_unread(self, slab: Slab) -> None:
+        """A read of `slab` failed: the disk keeps its version, and memory the blocks it had."""
+        if slab.residency is not Residency.PARTIAL:
+            self._drop(slab)
+
     def _start(
-        self, slab: Slab, is_write: bool, transfer: Callable[..., AnyArrival], *args: Any
+        self, starting: _Starting, transfer: Callable[..., AnyArrival], args: tuple[Any, ...]
     ) -> AnyArrival:
-        """Start a transfer of `slab`, note it, and return it.
+        """Start a transfer, note it, and return it.
 
         Signal handlers run between C functions: Ctrl-C comes before it is started, or after it is
         in the list, from where whatever the mover does next notes it.
         """
         started: list[AnyArrival] = []
-        self._starting = _Starting(slab, is_write, started)
+        starting.started = started
+        self._starting = starting
         started.extend(starmap(transfer, (args,)))
         self._note_started()
         return started[0]
@@ -421,12 +456,14 @@ class Mover:
         for transfer in starting.started:
             slab.pending = transfer
             slab.pending_write = starting.is_write
+            if slab.blocks is not None:
+                slab.blocks.arriving = starting.blocks
             self._pending[slab] = None
         self._starting = None
         if starting.started and starting.is_write:
-            self.written_bytes += slab.nbytes
+            self.written_bytes += starting.nbytes
         elif starting.started:
-            self.read_bytes += slab.nbytes
+            self.read_bytes += starting.nbytes
 
     def _finish(self, slab: Slab, why: str | None = None) -> None:
         """Wait for the slab's transfer, if any, and take note of its outcome."""
@@ -442,7 +479,7 @@ class Mover:
         except OffloadError as error:
             interrupted = False
             if not was_write:
-                self._drop(slab)  # half-read bytes; the disk keeps its version
+                self._drop_unread(slab)
             if slab.wanted or not isinstance(error, TransferCancelledError):
                 raise
             slab.residency = Residency.ABSENT  # cancelled when nobody wanted it any more
@@ -453,8 +490,12 @@ class Mover:
         if was_write:
             slab.dirty = slab.changed_in_flight
             slab.pending_write = slab.changed_in_flight = False
+        elif slab.blocks is not None:
+            slab.blocks.note_arrival()
+            if slab.blocks.is_complete:
+                self.mark_loaded(slab)
         elif slab.lease is not None:
             slab.residency = Residency.HOST
             slab.dirty, slab.changed_in_flight = slab.changed_in_flight, False
-        if not slab.dirty:
+        if not slab.dirty and slab.blocks is None:
             self._checksums.note(slab)

@@ -6,7 +6,8 @@ import torch
 
 from offload.tiers.device_tier import DeviceTier
 from offload.tiers.mover import Mover
-from offload.tiers.unit import OffloadedParam, SpilledParameter, Unit
+from offload.tiers.slab import Residency
+from offload.tiers.unit import OffloadedParam, RowsParameter, SpilledParameter, Unit
 
 
 class Pointers:
@@ -36,9 +37,11 @@ class Pointers:
     def point(self, param: OffloadedParam) -> None:
         """Let the parameter, which is loaded for the compute, be its bytes there."""
         view = self.view(param)
-        if type(param.param) is SpilledParameter:
-            param.param.__class__ = torch.nn.Parameter  # type: ignore[assignment]
-        param.param.data = view
+        with torch._C.DisableTorchFunctionSubclass():
+            param.param.data = view
+        is_partial = param.unit.param_slab.residency is Residency.PARTIAL
+        kind: type[torch.nn.Parameter] = RowsParameter if is_partial else torch.nn.Parameter
+        param.param.__class__ = kind
         if param.numel:  # one without elements lies nowhere
             self.by_address[view.data_ptr()] = param
 
@@ -50,13 +53,27 @@ class Pointers:
 
     def hide(self, param: OffloadedParam) -> None:
         """Make the attached parameter a placeholder."""
-        self.by_address.pop(param.param.data_ptr(), None)
+        self.by_address.pop(self.address_of(param), None)
         self.blank(param)
+
+    def note_complete(self, unit: Unit) -> None:
+        """More of the unit, which is attached, is in memory: perhaps all of it."""
+        if unit.param_slab.residency is not Residency.PARTIAL:
+            for param in unit.params:
+                if type(param.param) is RowsParameter:
+                    param.param.__class__ = torch.nn.Parameter  # type: ignore[assignment]
+
+    @staticmethod
+    def address_of(param: OffloadedParam) -> int:
+        """Return where the parameter's ``.data`` is."""
+        with torch._C.DisableTorchFunctionSubclass():
+            return param.param.data_ptr()
 
     @staticmethod
     def blank(param: OffloadedParam) -> None:
         """Make a parameter a placeholder that was never attached."""
-        param.param.data = param.placeholder
+        with torch._C.DisableTorchFunctionSubclass():
+            param.param.data = param.placeholder
         param.param.__class__ = SpilledParameter
 
     def note_version(self, unit: Unit) -> None:
@@ -71,7 +88,7 @@ class Pointers:
             p
             for p in unit.params
             if type(p.param) is not SpilledParameter
-            and p.param.data_ptr() not in (p.address(start), p.placeholder.data_ptr())
+            and self.address_of(p) not in (p.address(start), p.placeholder.data_ptr())
         ]
         for param in replaced:  # by assigning to .data
             self.view(param).copy_(param.param.data)

@@ -69,7 +69,7 @@ class Prefetcher:
     def _look_ahead(self) -> None:
         """Renew the mover's view of the future and start the reads and updates it allows."""
         self._mover.check_process()
-        wanted: list[tuple[Unit, Slab]] = []
+        wanted: list[tuple[Unit, Slab, Phase]] = []
         next_use: dict[Slab, int] = {}
         for position, use in enumerate(self.trace.future(LOOKAHEAD)):
             unit = self._units[use.unit]
@@ -82,17 +82,17 @@ class Prefetcher:
             for slab in slabs:
                 if slab not in next_use and (not slab.pinned or unit.update_waits):
                     next_use[slab] = position
-                    wanted.append((unit, slab))
+                    wanted.append((unit, slab, use.phase))
         self._mover.next_use = next_use
         if self._device is not None:  # first: from disk straight on
             self._look_ahead_on(self._device)
         # What is read ahead beyond what fits would be given up again before its use.
         room = self._room
-        for unit, slab in wanted:
+        for unit, slab, phase in wanted:
             room -= 0 if slab.pinned else slab.nbytes
             if room < 0:
                 break
-            if not self._bring(unit, slab, next_use[slab]):
+            if not self._bring(unit, slab, next_use[slab], phase):
                 break
 
     def _look_ahead_on(self, device: DeviceTier) -> None:
@@ -113,8 +113,11 @@ class Prefetcher:
             if not device.prefetch(slab, device.next_use[slab]):
                 break
 
-    def _bring(self, unit: Unit, slab: Slab, use: int) -> bool:
-        """Start what makes `slab` ready for use number `use`; False when there is no room."""
+    def _bring(self, unit: Unit, slab: Slab, use: int, phase: Phase) -> bool:
+        """Start what makes `slab` ready for use number `use`; False when there is no room.
+
+        Which rows a forward will need of a unit that goes by rows is not known before it has them.
+        """
         if unit.update_waits:
             return self._updates.start_ahead(unit, use)
         if slab.pinned or slab.lease is not None:
@@ -125,6 +128,10 @@ class Prefetcher:
             self._updates.finish(unit)
         if slab is unit.grad_slab and not unit.grads_wanted():
             return True
+        if slab is unit.param_slab and unit.by_row and self._device is None:
+            if phase is Phase.FORWARD or unit.saved_rows is None:
+                return True
+            return self._mover.prefetch(slab, use, unit.ranges(unit.saved_rows.rows))
         return self._mover.prefetch(slab, use)
 
     def measure_disk(self) -> None:
@@ -132,12 +139,15 @@ class Prefetcher:
         mover = self._mover
         if mover.store is None:
             return
-        slabs = [unit.param_slab for unit in self._units if not unit.param_slab.pinned]
-        for slab in slabs:
-            mover.settle(slab)
-        for slab in slabs:
+        units = [unit for unit in self._units if not unit.param_slab.pinned]
+        for unit in units:
+            mover.settle(unit.param_slab)
+        for unit in units:
+            slab = unit.param_slab
             if slab.residency is Residency.HOST and not slab.locks:
                 mover.evict(slab)
+        whole = [unit for unit in units if self._device is not None or not unit.by_row]
+        slabs = [unit.param_slab for unit in whole]
         before, begun = mover.read_bytes, time.perf_counter()
         mover.next_use = {slab: i for i, slab in enumerate(slabs)}
         fetched = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,16 @@ from torch import nn
 
 if TYPE_CHECKING:
     from offload.tiers.unit import Unit
+
+
+@dataclass(eq=False)
+class RowUse:
+    """What one call uses of a unit: `rows` of the parameters that have any, and the others.
+
+    What autograd saved in the call refers to this, and more rows may be found to be needed.
+    """
+
+    rows: frozenset[int]
 
 
 @dataclass
@@ -21,12 +32,16 @@ class Scope:
         touched: used from outside of their own modules; held until the call ends or there is no
             room for others.
         hooks_pushed: saved-tensor hooks were activated for it.
+        by_row: what it uses of those of `units` that it does not use whole.
+        guard: sees to it that it uses no other rows.
     """
 
     module: nn.Module
     units: list[Unit] = field(default_factory=list)
     touched: list[Unit] = field(default_factory=list)
     hooks_pushed: bool = False
+    by_row: dict[Unit, RowUse] = field(default_factory=dict)
+    guard: AbstractContextManager[object] | None = None
 
 
 class ForwardScopes:
@@ -43,6 +58,13 @@ class ForwardScopes:
     def mine(self) -> list[Scope]:
         """Those of this thread; change them with open() and close()."""
         return self._open.get(threading.get_ident(), [])
+
+    def row_use(self, unit: Unit) -> RowUse | None:
+        """Return what the innermost call of this thread that does not use `unit` whole uses."""
+        for scope in reversed(self.mine):
+            if unit in scope.by_row:
+                return scope.by_row[unit]
+        return None
 
     @property
     def none_open(self) -> bool:

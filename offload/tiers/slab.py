@@ -10,6 +10,7 @@ import torch
 
 from offload import _native
 from offload.errors import OffloadError
+from offload.tiers.blocks import SlabBlocks
 
 Arrival = _native.Transfer | _native.DeviceTransfer
 """Bytes in flight to or from a slab."""
@@ -23,6 +24,8 @@ class Residency(Enum):
     DISK = "disk"
     HOST = "host"
     """In host memory; a copy on disk is current too unless the slab is dirty."""
+    PARTIAL = "partial"
+    """On disk, and some blocks of them in host memory too. The others' memory holds anything."""
 
 
 class Slab:
@@ -60,6 +63,8 @@ class Slab:
         self.source: _native.FileRanges | None = None
         self.lease: _native.Lease | None = None
         """Its memory. Dropped here, it returns to the arena when no tensor refers to it either."""
+        self.blocks: SlabBlocks | None = None
+        """Which of them are in memory, while it is PARTIAL or about to be."""
         self.pending: Arrival | None = None
         self.pending_write = False
         self.changed_in_flight = False

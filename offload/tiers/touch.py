@@ -1,7 +1,8 @@
 """touch(): what happens when code uses a parameter whose bytes are not in memory.
 
 1. Questions about the parameter (shape, dtype, grad, hooks) are answered as they are.
-2. Inside the forward of a hooked module, its unit is fetched and stays until that module's
+2. Inside the forward of a hooked module that has rows of the parameter, it is used as it is. Else
+   its unit is fetched and stays until that module's
    forward ends, or until its memory is needed: this is how a weight used outside of its own
    module is found.
 3. In a recomputation inside a backward (checkpointing within a module's hooks) its unit's backward
@@ -22,7 +23,7 @@ from torch.utils._pytree import tree_iter, tree_map
 from offload.errors import SpilledTensorError
 from offload.tiers.alias import SpilledAlias
 from offload.tiers.context import RuntimeContext
-from offload.tiers.unit import OffloadedParam, SpilledParameter, Unit, owner_of
+from offload.tiers.unit import OffloadedParam, RowsParameter, SpilledParameter, Unit, owner_of
 
 _T = torch.Tensor
 
@@ -72,6 +73,11 @@ _NEEDS_MEMORY = {
 _SET_DATA = _T.data.__set__  # type: ignore[attr-defined]
 _GET_DATA = _T.data.__get__  # type: ignore[attr-defined]
 _ALIASES = (_T.detach, torch.detach, _GET_DATA)
+_NEED_ALL_ROWS = [
+    *(_SET_DATA, *_ALIASES, _T.numpy, _T.__array__, _T.tolist, _T.__deepcopy__),
+    *(f for f in _NEEDS_MEMORY if f not in (_T.data_ptr, _T.untyped_storage)),
+]
+"""What keeps or reads the memory, with no operator that would tell."""
 _WANTS_GRAD = {_T.requires_grad_, _T.requires_grad.__set__}  # type: ignore[attr-defined]
 
 
@@ -97,6 +103,8 @@ def touch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if not params:  # aliases of a model that was unwrapped, or attached since (by torch.compile)
         return func(*tree_map(_real, args), **tree_map(_real, kwargs))
     first = params[0]
+    if _has_rows(params, values) and not any(func == whole for whole in _NEED_ALL_ROWS):
+        return _plainly(func, args, kwargs)
     if func is _T.stride:
         return _of_strides(first, args, kwargs)
     if func is _T.is_contiguous:
@@ -120,6 +128,13 @@ def _owner(value: SpilledParameter | SpilledAlias) -> OffloadedParam | None:
 def _real(value: Any) -> Any:
     """The attached parameter's memory in place of its alias."""
     return value._param.detach() if isinstance(value, SpilledAlias) else value
+
+
+def _has_rows(params: list[OffloadedParam], values: list[Any]) -> bool:
+    """Whether this thread's forward has rows of all of `params`, and sees which are read."""
+    return all(type(v) is RowsParameter for v in values) and all(
+        param.context.scopes.row_use(param.unit) is not None for param in params
+    )
 
 
 def _plainly(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

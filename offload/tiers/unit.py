@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +20,7 @@ from offload.tiers.uncompiled import uncompiled_later
 if TYPE_CHECKING:
     from offload import _native
     from offload.tiers.context import RuntimeContext
+    from offload.tiers.scopes import RowUse
     from offload.tiers.state_slabs import StateSlabs
 
 
@@ -39,8 +40,15 @@ class SpilledParameter(torch.nn.Parameter):
         return touch(func, args, kwargs or {})
 
 
+class RowsParameter(SpilledParameter):
+    """The class of a parameter while only some of its rows are in memory (rows.py)."""
+
+
 Consumer = Callable[[Sequence["OffloadedParam"]], None]
 """Applies gradients that are in their unit's slab, and replaces them by SpentGrad."""
+
+Rows = frozenset[int] | None
+"""Rows of a unit's parameters; None: all."""
 
 _CONSUMER = "_offload_consumer"
 
@@ -85,6 +93,7 @@ class OffloadedParam:
         device: where it is used.
         offset: bytes from the start of the parameter slab, and of the gradient slab if trainable.
         trainable: whether it required a gradient when the model was wrapped.
+        rows: along its first dimension, which can be fetched one by one; 0: only whole.
     """
 
     context: RuntimeContext  # set when the model is taken over
@@ -95,6 +104,7 @@ class OffloadedParam:
         name: str,
         dtype: torch.dtype | None = None,
         device: torch.device = CPU,
+        by_row: bool = False,
     ) -> None:
         """Describe `param` as it is now.
 
@@ -103,6 +113,7 @@ class OffloadedParam:
             name: its qualified name.
             dtype: that it will have; None: the one it has.
             device: where it will be used.
+            by_row: only some of its rows may be needed.
         """
         self.param = param
         self.name = name
@@ -116,6 +127,8 @@ class OffloadedParam:
         self.nbytes = param.numel() * self.dtype.itemsize
         self.offset = 0
         self.trainable = param.requires_grad
+        in_rows = by_row and self.numel and self.stride[0] * self.shape[0] == self.numel
+        self.rows = self.shape[0] if in_rows else 0
         self.placeholder = _scalar(self.dtype, device).expand(self.shape)
         self.accumulate_grad: Any = None  # keeps the node, and with it our hook, alive
 
@@ -139,6 +152,13 @@ class OffloadedParam:
     def address(self, start: int) -> int:
         """Return where its part of a slab begins that is at `start`; of nothing, 0."""
         return start + self.offset if self.numel else 0
+
+    def ranges(self, rows: Iterable[int]) -> list[tuple[int, int]]:
+        """Return which bytes [begin, end) of the slab `rows` are; all, where it has none."""
+        if not self.rows:
+            return [(self.offset, self.offset + self.nbytes)] if self.nbytes else []
+        size = self.nbytes // self.rows
+        return [(self.offset + row * size, self.offset + (row + 1) * size) for row in rows]
 
     @property
     def is_narrowed(self) -> bool:
@@ -182,6 +202,9 @@ class Unit:
         unconsumed: parameters whose gradient their consumer is still to take.
         expected: how many arrived in the last complete backward.
         seen_version: sum of the parameters' own version counters when they were attached.
+        by_row: some of its parameters may be fetched row by row.
+        saved_rows: what the latest forward of which autograd saved anything of it used; None: all,
+            or there is none.
     """
 
     def __init__(self, index: int, name: str, params: list[OffloadedParam]) -> None:
@@ -220,6 +243,8 @@ class Unit:
         self.unconsumed: set[OffloadedParam] = set()
         self.expected = sum(p.trainable for p in self.params)
         self.seen_version = 0
+        self.by_row = any(p.rows for p in self.params)
+        self.saved_rows: RowUse | None = None
 
     @property
     def trainable(self) -> list[OffloadedParam]:
@@ -230,6 +255,12 @@ class Unit:
     def is_narrowed(self) -> bool:
         """Whether its parameters are masters rounded to 16 bits."""
         return self.params[0].is_narrowed
+
+    def ranges(self, rows: Rows) -> list[tuple[int, int]] | None:
+        """Return which bytes of the parameter slab a use of `rows` needs; None: all."""
+        if rows is None:
+            return None
+        return [span for param in self.params for span in param.ranges(rows)]
 
     @property
     def updating(self) -> bool:

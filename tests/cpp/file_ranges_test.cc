@@ -94,6 +94,41 @@ TEST_CASE_TEMPLATE("ranges of a file are read to their places", Engine, OFFLOAD_
   CHECK(read_now(*f.ranges, f.buffer.get()).is_ok());
 }
 
+TEST_CASE_TEMPLATE("blocks of ranges of a file are read by themselves", Engine,
+                   OFFLOAD_STORE_ENGINES) {
+  auto engine = open_engine(Engine::kKind);
+  if (engine == nullptr) return;
+  Fixture f(engine);
+  const std::vector<FileRanges::Span> blocks = f.ranges->blocks();
+  REQUIRE(blocks.size() == 6);  // 20'001 bytes from 64, in blocks of 4'096, and 5 bytes
+  CHECK(blocks[1].begin == 64 + kSmallBlock);
+  CHECK(blocks[4].end == 64 + 20'001);
+  CHECK(blocks[5].begin == 20'480);
+  const auto read = [&](const std::vector<FileRanges::Span>& spans) {
+    Pending pending;
+    const Status started =
+        f.ranges->read_blocks(f.buffer.get(), spans, IoPriority::kDemand, pending.completion());
+    return started.is_ok() ? pending.wait() : started;
+  };
+  std::memset(f.buffer.get(), 0xEE, 24 * 1024);
+  const Status status = read({{blocks[1].begin, blocks[2].end}, blocks[5]});
+  CHECK_MESSAGE(status.is_ok(), status.to_string());
+  CHECK(engine->counters().bytes_read == 2 * kSmallBlock + 5);
+  for (std::uint64_t i = 0; i < 24 * 1024; ++i) {
+    std::byte wanted{0xEE};
+    if (i >= blocks[1].begin && i < blocks[2].end) wanted = f.content->get()[13 + i - 64];
+    if (i >= blocks[5].begin && i < blocks[5].end) wanted = f.content->get()[30'003 + i - 20'480];
+    if (f.buffer.get()[i] != wanted) FAIL("byte ", i, " is not what it should be");
+  }
+  CHECK(read({}).code() == Code::kInvalid);
+  CHECK(read({{blocks[0].begin, blocks[0].end - 1}}).code() == Code::kInvalid);
+  CHECK(read({{blocks[0].begin + 1, blocks[1].end}}).code() == Code::kInvalid);
+  CHECK(read({{blocks[0].begin, blocks[4].end + 7}}).code() == Code::kInvalid);
+  CHECK(read({blocks[3], blocks[1]}).code() == Code::kInvalid);  // not ascending
+  CHECK(read_now(*f.ranges, f.buffer.get()).is_ok());
+  CHECK(f.is_right(f.buffer.get()));
+}
+
 TEST_CASE_TEMPLATE("a file that changes is noticed", Engine, OFFLOAD_STORE_ENGINES) {
   auto engine = open_engine(Engine::kKind);
   if (engine == nullptr) return;

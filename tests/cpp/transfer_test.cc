@@ -68,6 +68,44 @@ TEST_CASE_TEMPLATE("Transfer writes a lease and reads it back", Engine, OFFLOAD_
   CHECK(back.use_count() == 1);
 }
 
+TEST_CASE_TEMPLATE("Transfer reads the blocks it is asked for, and leaves the rest of the lease",
+                   Engine, OFFLOAD_STORE_ENGINES) {
+  TempDir dir;
+  constexpr std::uint64_t kBytes = 5 * kBlock + 1234;
+  auto store = open_store<Engine>(dir, 6 * kBlock, 6 * kBlock);
+  if (!store) return;
+  auto arena = make_arena();
+  const ObjectId object = create_object(*store, kBytes);
+  const auto lease = filled_lease(*arena, kBytes, 0);
+  for (std::uint64_t i = 0; i < kBytes; ++i) lease->data()[i] = std::byte(i / kBlock + 1);
+  REQUIRE(run(Transfer::write(*store, object, lease, kBytes, IoPriority::kDemand)).is_ok());
+  const std::uint64_t before = store->stats().io.bytes_read;
+  const std::vector<Transfer::Span> spans = {{kBlock, 3 * kBlock}, {5 * kBlock, kBytes}};
+  const auto back = filled_lease(*arena, kBytes, 0x7E);
+  const auto read = [&](const std::vector<Transfer::Span>& wanted) {
+    return run(
+        Transfer::read_blocks(*store, object, back, kBytes, wanted, IoPriority::kBackground));
+  };
+  const Status status = read(spans);
+  CHECK_MESSAGE(status.is_ok(), status.to_string());
+  const std::uint64_t moved = store->stats().io.bytes_read - before;
+  CHECK(moved >= 2 * kBlock + 1234);
+  CHECK(moved < 3 * kBlock);
+  for (std::uint64_t i = 0; i < kBytes; ++i) {
+    const std::uint64_t block = i / kBlock;
+    const bool is_read = block == 1 || block == 2 || block == 5;
+    const std::byte wanted = is_read ? std::byte(block + 1) : std::byte{0x7E};
+    if (back->data()[i] != wanted) FAIL("byte ", i, " is not what it should be");
+  }
+  CHECK(back.use_count() == 1);
+  CHECK(read({}).code() == Code::kInvalid);
+  CHECK(read({{kBlock, kBlock}}).code() == Code::kInvalid);
+  CHECK(read({{100, kBlock}}).code() == Code::kInvalid);
+  CHECK(read({{0, kBlock + 100}}).code() == Code::kInvalid);
+  CHECK(read({{5 * kBlock, kBytes + 1}}).code() == Code::kInvalid);
+  CHECK(back.use_count() == 1);
+}
+
 TEST_CASE_TEMPLATE("Transfer owns its lease until it is done, handle or none", Engine,
                    OFFLOAD_STORE_ENGINES) {
   TempDir dir;

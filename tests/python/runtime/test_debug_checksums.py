@@ -48,6 +48,13 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> torch.Tensor:
     return loss.detach()
 
 
+def run_often(model: nn.Module) -> None:
+    """Every slab is given up once."""
+    with torch.no_grad():
+        for _ in range(3):
+            model(torch.randn(8, 256))
+
+
 @pytest.mark.parametrize("debug", [True, False])
 def test_a_change_past_torch(tmp_path: Path, debug: bool) -> None:
     model = make_model(tmp_path, debug)
@@ -56,16 +63,10 @@ def test_a_change_past_torch(tmp_path: Path, debug: bool) -> None:
     slab = clean_slab(model)
     ctypes.memset(slab.address + 1000, 0x55, 4)
     if debug:
-        with (
-            pytest.raises(CorruptionError, match=r"changed in memory since .*materialize"),
-            torch.no_grad(),
-        ):
-            for _ in range(3):
-                model(torch.randn(8, 256))
+        with pytest.raises(CorruptionError, match=r"changed in memory since .*materialize"):
+            run_often(model)
     else:
-        with torch.no_grad():
-            for _ in range(3):
-                model(torch.randn(8, 256))
+        run_often(model)
 
 
 def test_training_changes_nothing_unsaid(tmp_path: Path) -> None:
