@@ -28,7 +28,8 @@ from offload.errors import BudgetError, OffloadError
 from offload.tiers.activation_handle import Claim, Handle, SavedRange, witness
 from offload.tiers.activation_places import ActivationPlaces
 from offload.tiers.activation_range import byte_range
-from offload.tiers.mover import NEVER, Mover
+from offload.tiers.eviction import NEVER
+from offload.tiers.mover import Mover
 from offload.tiers.slab import Slab
 from offload.tiers.swap_space import SwapSpace
 

@@ -28,7 +28,8 @@ import torch
 from offload import _native
 from offload.errors import BudgetError, OffloadError
 from offload.tiers.compute_device import ComputeDevice
-from offload.tiers.mover import NEVER, Mover
+from offload.tiers.eviction import NEVER
+from offload.tiers.mover import Mover
 from offload.tiers.slab import Residency, Slab
 
 COPY = "copy to the device"

@@ -20,43 +20,15 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from itertools import starmap
-from typing import Any, Protocol, TypeVar
 
 from offload import _native
-from offload.errors import BudgetError, OffloadError, TransferCancelledError
+from offload.errors import OffloadError, TransferCancelledError
 from offload.tiers.blocks import Span
 from offload.tiers.checksums import Checksums
+from offload.tiers.eviction import NEVER, Readers, choose_victim, no_room
+from offload.tiers.flights import Departure, Flights
 from offload.tiers.reads import begin_partial, blocks_read, whole_read
 from offload.tiers.slab import Arrival, Residency, Slab
-
-NEVER = 1 << 60
-AnyArrival = TypeVar("AnyArrival", bound=Arrival)
-
-
-class Readers(Protocol):
-    """Copies from the memory of slabs that somebody else makes."""
-
-    def settle(self, slab: Slab) -> None:
-        """Wait until none from `slab` is in flight: its bytes may be changed."""
-
-    def is_reading(self, slab: Slab) -> bool:
-        """Whether one from `slab` is in flight."""
-
-    def end_one(self) -> bool:
-        """Wait for the oldest in flight; False when there is none."""
-
-
-@dataclass
-class _Starting:
-    """A transfer that is being started."""
-
-    slab: Slab
-    is_write: bool
-    nbytes: int
-    blocks: Sequence[int] = ()
-    started: Sequence[Arrival] = ()
 
 
 class Mover:
@@ -91,12 +63,19 @@ class Mover:
         """Who else copies from the slabs' memory."""
         self.stall_seconds: dict[str, float] = {}
         self.misses = 0
-        self.read_bytes = 0
-        self.written_bytes = 0
         self._process = os.getpid()
         self._spillable: dict[Slab, None] = {}  # unpinned slabs with memory, oldest first
-        self._pending: dict[Slab, None] = {}  # slabs with a transfer in flight
-        self._starting: _Starting | None = None
+        self._flights = Flights()
+
+    @property
+    def read_bytes(self) -> int:
+        """Of all reads that were started."""
+        return self._flights.read_bytes
+
+    @property
+    def written_bytes(self) -> int:
+        """Of all writes that were started."""
+        return self._flights.written_bytes
 
     # -- what users of a slab call ------------------------------------------------------------
 
@@ -151,7 +130,7 @@ class Mover:
         if slab.lease is None:
             raise OffloadError(f"{slab.name} is not in memory (internal error)")
         slab.changed_in_flight = not on_disk
-        return self._start(_Starting(slab, False, slab.nbytes), start(slab.lease), ())
+        return self._flights.start(Departure(slab, False, slab.nbytes), start(slab.lease), ())
 
     def read_on(
         self,
@@ -168,11 +147,11 @@ class Mover:
 
         Returns None when there is no room that may be taken.
         """
-        self._note_started()
+        self._flights.note()
         if not self.take_ahead(slab, use) or slab.lease is None:
             return None
         try:
-            return self._start(_Starting(slab, False, slab.nbytes), start(slab.lease), ())
+            return self._flights.start(Departure(slab, False, slab.nbytes), start(slab.lease), ())
         except OffloadError:
             self._drop(slab)  # nothing was read
             raise
@@ -182,7 +161,7 @@ class Mover:
 
         With `ranges`, those bytes at least.
         """
-        self._note_started()
+        self._flights.note()
         if slab.residency is Residency.HOST and slab.pending is None:
             return
         if slab.pending is not None and not slab.pending_write:
@@ -205,7 +184,7 @@ class Mover:
         With `ranges`, only blocks with those bytes, unless some of it is in memory already. Returns
         False when there is no room that may be taken.
         """
-        self._note_started()
+        self._flights.note()
         if slab.lease is not None or slab.residency is not Residency.DISK:
             return True
         if not self.take_ahead(slab, use):
@@ -236,7 +215,7 @@ class Mover:
 
     def write_back(self, slab: Slab) -> None:
         """Start writing a dirty slab; it stays in memory and is clean once that is done."""
-        self._note_started()
+        self._flights.note()
         if slab.pinned or not slab.dirty or slab.pending is not None:
             return
         if slab.swap_object is None and self.find_place is not None:
@@ -244,7 +223,7 @@ class Mover:
         if self.store is None or slab.swap_object is None or slab.lease is None:
             raise OffloadError(f"{slab.name} has no place on disk (internal error)")
         args = slab.swap_object, slab.lease, slab.nbytes
-        self._start(_Starting(slab, True, slab.nbytes), self.store.write, args)
+        self._flights.start(Departure(slab, True, slab.nbytes), self.store.write, args)
 
     def settle(self, slab: Slab) -> None:
         """Wait until no transfer of `slab` is in flight: its bytes may be changed."""
@@ -289,8 +268,8 @@ class Mover:
     def poll(self) -> None:
         """Take note of transfers that are done. Raises the error of one that failed."""
         self.check_process()
-        self._note_started()
-        for slab in list(self._pending):
+        self._flights.note()
+        for slab in self._flights.slabs:
             if slab.pending is not None and slab.pending.done():
                 self._finish(slab)
 
@@ -318,7 +297,7 @@ class Mover:
             return
         lease = self._lease(slab.nbytes, farther_than=None)
         if lease is None:
-            raise self._no_room(slab)
+            raise no_room(slab, self._spillable, self.ring)
         slab.lease = lease
         self._spillable[slab] = None
 
@@ -331,7 +310,7 @@ class Mover:
             lease = self.ring.try_allocate(nbytes)
             if lease is not None:
                 return lease
-            victim = self._victim(farther_than)
+            victim = choose_victim(self._spillable, self.use_of, self.readers, farther_than)
             if victim is not None:
                 self.evict(victim)
             elif farther_than is not None or not self._make_room():
@@ -342,21 +321,6 @@ class Mover:
         if self._await_transfer() or (self.readers is not None and self.readers.end_one()):
             return True
         return self._send_dirty() or self.relieve()
-
-    def _victim(self, farther_than: int | None) -> Slab | None:
-        """The slab to give up: held by nobody, clean or unwanted, needed last."""
-        best, best_use = None, -1 if farther_than is None else farther_than
-        for slab in self._spillable:
-            if slab.locks or slab.pending is not None:
-                continue
-            if self.readers is not None and self.readers.is_reading(slab):
-                continue  # it would keep the memory
-            if not slab.wanted:
-                return slab
-            use = self.use_of(slab)
-            if not slab.dirty and use > best_use:
-                best, best_use = slab, use
-        return best
 
     def evict(self, slab: Slab) -> None:
         """Give up the memory of a slab that nobody holds and that is clean or unwanted."""
@@ -375,7 +339,8 @@ class Mover:
 
     def _await_transfer(self) -> bool:
         """Wait for the oldest write in flight, or else read; False when there is none."""
-        slab = next((s for s in self._pending if s.pending_write), next(iter(self._pending), None))
+        slabs = self._flights.slabs
+        slab = next((s for s in slabs if s.pending_write), next(iter(slabs), None))
         if slab is None:
             return False
         self._finish(slab, why="room")
@@ -390,16 +355,6 @@ class Mover:
             return False
         self.write_back(max(dirty, key=self.use_of))
         return True
-
-    def _no_room(self, slab: Slab) -> BudgetError:
-        usage = self.ring.usage() if self.ring is not None else {}
-        held = [f"{s.name} ({s.nbytes} bytes)" for s in self._spillable if s.locks]
-        return BudgetError(
-            f"no room for {slab.name}: {slab.nbytes} bytes are needed, of {usage.get('budget', 0)} "
-            f"bytes for spilled tensors {usage.get('budget', 0) - usage.get('in_use', 0)} are free "
-            f"(longest range {usage.get('largest_free', 0)}); in use at this moment: "
-            f"{', '.join(held) or 'nothing'}; raise Budget(host=...)"
-        )
 
     # -- transfers ------------------------------------------------------------------------------
 
@@ -422,8 +377,8 @@ class Mover:
                 read = blocks_read(slab, self.store, blocks, demand)
             else:
                 read = whole_read(slab, self.store, demand)
-            started = _Starting(slab, False, read.nbytes, read.blocks)
-            self._start(started, read.start, read.args)
+            started = Departure(slab, False, read.nbytes, read.blocks)
+            self._flights.start(started, read.start, read.args)
         except OffloadError:
             self._drop_unread(slab)
             raise
@@ -433,41 +388,9 @@ class Mover:
         if slab.residency is not Residency.PARTIAL:
             self._drop(slab)
 
-    def _start(
-        self, starting: _Starting, transfer: Callable[..., AnyArrival], args: tuple[Any, ...]
-    ) -> AnyArrival:
-        """Start a transfer, note it, and return it.
-
-        Signal handlers run between C functions: Ctrl-C comes before it is started, or after it is
-        in the list, from where whatever the mover does next notes it.
-        """
-        started: list[AnyArrival] = []
-        starting.started = started
-        self._starting = starting
-        started.extend(starmap(transfer, (args,)))
-        self._note_started()
-        return started[0]
-
-    def _note_started(self) -> None:
-        starting = self._starting
-        if starting is None:
-            return
-        slab = starting.slab
-        for transfer in starting.started:
-            slab.pending = transfer
-            slab.pending_write = starting.is_write
-            if slab.blocks is not None:
-                slab.blocks.arriving = starting.blocks
-            self._pending[slab] = None
-        self._starting = None
-        if starting.started and starting.is_write:
-            self.written_bytes += starting.nbytes
-        elif starting.started:
-            self.read_bytes += starting.nbytes
-
     def _finish(self, slab: Slab, why: str | None = None) -> None:
         """Wait for the slab's transfer, if any, and take note of its outcome."""
-        self._note_started()
+        self._flights.note()
         transfer = slab.pending
         if transfer is None:
             return
@@ -485,8 +408,7 @@ class Mover:
             slab.residency = Residency.ABSENT  # cancelled when nobody wanted it any more
         finally:
             if not interrupted:  # Ctrl-C leaves the transfer in flight, and noted as such
-                slab.pending = None
-                self._pending.pop(slab, None)
+                self._flights.end(slab)
         if was_write:
             slab.dirty = slab.changed_in_flight
             slab.pending_write = slab.changed_in_flight = False

@@ -6,7 +6,8 @@ import time
 
 from offload.planner import Plan
 from offload.tiers.device_tier import DeviceTier
-from offload.tiers.mover import NEVER, Mover
+from offload.tiers.eviction import NEVER
+from offload.tiers.mover import Mover
 from offload.tiers.slab import Residency, Slab
 from offload.tiers.unit import Unit
 from offload.tiers.updates import Updates

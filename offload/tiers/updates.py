@@ -23,7 +23,8 @@ from offload import _native
 from offload.errors import OffloadError
 from offload.tiers.device_tier import DeviceTier
 from offload.tiers.device_updates import DeviceUpdates
-from offload.tiers.mover import NEVER, Mover
+from offload.tiers.eviction import NEVER
+from offload.tiers.mover import Mover
 from offload.tiers.slab import Residency, Slab
 from offload.tiers.state_slabs import operand
 from offload.tiers.unit import Unit

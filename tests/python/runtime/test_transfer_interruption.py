@@ -10,11 +10,11 @@ from typing import Any
 import torch
 import training as t
 
-from offload.tiers.mover import Mover
+from offload.tiers.flights import Flights
 from offload.tiers.slab import Residency
 from offload.tiers.unit import SpilledParameter, owner_of
 
-TRACED = {Mover._start.__code__, Mover._note_started.__code__}
+TRACED = {Flights.start.__code__, Flights.note.__code__}
 LINES = 60
 """More than a write and a read execute of them."""
 
