@@ -57,7 +57,7 @@ class Routing:
         self._count = count
 
     def rows(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> frozenset[int] | None:
-        """Return the experts that a call uses; None where that cannot be seen.
+        """Return the experts that a call uses; None for all, or where that cannot be seen.
 
         Numbers beyond the last stand for experts of other processes.
         """
@@ -68,7 +68,8 @@ class Routing:
         if not isinstance(index, torch.Tensor) or index.dtype not in _INTEGERS:
             return None
         used = torch.unique(index.detach()).tolist()
-        return frozenset(row for row in used if 0 <= row < self._count)
+        rows = frozenset(row for row in used if 0 <= row < self._count)
+        return rows if len(rows) < self._count else None
 
 
 _INTEGERS = (torch.int64, torch.int32)

@@ -94,10 +94,12 @@ class ForwardHooks:
         scope.hooks_pushed = self._saved.push()
         for unit in units:
             used = rows if context.goes_by_row(unit) else None
-            if used is not None:
-                scope.by_row[unit] = RowUse(used)
+            if unit.by_row:
+                unit.routed = used
                 if torch.is_grad_enabled():
                     unit.saved_rows = None
+            if used is not None:
+                scope.by_row[unit] = RowUse(used)
             context.acquire(unit, Phase.FORWARD, used)
             scope.units.append(unit)
         if scope.by_row:

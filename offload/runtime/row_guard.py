@@ -8,13 +8,13 @@ not there yet is fetched before the operator runs, and the backward of this call
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
+from itertools import chain
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
 from offload.tiers.context import RuntimeContext
 from offload.tiers.scopes import RowUse
@@ -42,17 +42,16 @@ class RowGuard(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 if result is not NotImplemented:
                     return result
             if not _makes_view(func):
-                for value in tree_iter((args, kwargs)):
-                    if isinstance(value, torch.Tensor):
-                        self._check(func, args, kwargs, value)
+                for tensor in _tensors(chain(args, kwargs.values())):
+                    self._check(func, args, kwargs, tensor)
             return func(*args, **kwargs)
 
     def _check(self, func: Any, args: Any, kwargs: Any, tensor: torch.Tensor) -> None:
-        if tensor.layout is not torch.strided or not tensor.numel():
+        if tensor.layout is not torch.strided:
             return
         param = self._context.pointers.by_address.get(tensor.untyped_storage().data_ptr())
         use = None if param is None else self._uses.get(param.unit)
-        if param is None or use is None or not param.rows:
+        if param is None or use is None or not param.rows or not tensor.numel():
             return
         needed = frozenset(_rows_read(func, args, kwargs, tensor, param))
         if not needed <= use.rows:
@@ -78,6 +77,15 @@ def _rows_read(
     return range(begin // row_bytes, -(-end // row_bytes))
 
 
+def _tensors(values: Iterable[Any]) -> Iterator[torch.Tensor]:
+    """Yield the tensors among arguments of an operator, and in its lists."""
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value)
+
+
 def _written(func: Any, args: Any, kwargs: Any) -> list[torch.Tensor]:
     """Return the arguments that `func` writes to."""
     if not func._schema.is_mutable:
@@ -88,7 +96,7 @@ def _written(func: Any, args: Any, kwargs: Any) -> list[torch.Tensor]:
         for arg in func._schema.arguments
         if arg.alias_info is not None and arg.alias_info.is_write
     ]
-    return [value for value in tree_iter(written) if isinstance(value, torch.Tensor)]
+    return list(_tensors(written))
 
 
 def _is_of_rows(tensor: torch.Tensor, param: OffloadedParam, row_bytes: int) -> bool:

@@ -117,7 +117,8 @@ class Prefetcher:
     def _bring(self, unit: Unit, slab: Slab, use: int, phase: Phase) -> bool:
         """Start what makes `slab` ready for use number `use`; False when there is no room.
 
-        Which rows a forward will need of a unit that goes by rows is not known before it has them.
+        Which rows a forward will need of a unit that goes by rows is known when its router has run.
+        Where the latest one needed all, the next one is taken to do so too.
         """
         if unit.update_waits:
             return self._updates.start_ahead(unit, use)
@@ -129,7 +130,8 @@ class Prefetcher:
             self._updates.finish(unit)
         if slab is unit.grad_slab and not unit.grads_wanted():
             return True
-        if slab is unit.param_slab and unit.by_row and self._device is None:
+        by_row = slab is unit.param_slab and unit.by_row and self._device is None
+        if by_row and unit.routed is not None:
             if phase is Phase.FORWARD or unit.saved_rows is None:
                 return True
             return self._mover.prefetch(slab, use, unit.ranges(unit.saved_rows.rows))

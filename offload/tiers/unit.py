@@ -203,8 +203,8 @@ class Unit:
         expected: how many arrived in the last complete backward.
         seen_version: sum of the parameters' own version counters when they were attached.
         by_row: some of its parameters may be fetched row by row.
-        saved_rows: what the latest forward of which autograd saved anything of it used; None: all,
-            or there is none.
+        routed: which rows the latest forward named; None: all.
+        saved_rows: what the latest forward used that named some, if autograd saved anything of it.
     """
 
     def __init__(self, index: int, name: str, params: list[OffloadedParam]) -> None:
@@ -244,6 +244,7 @@ class Unit:
         self.expected = sum(p.trainable for p in self.params)
         self.seen_version = 0
         self.by_row = any(p.rows for p in self.params)
+        self.routed: Rows = frozenset()
         self.saved_rows: RowUse | None = None
 
     @property

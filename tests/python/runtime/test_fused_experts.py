@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import fused as f
@@ -20,6 +22,8 @@ import offload
 from offload.runtime.discover import find_units
 from offload.runtime.precision import compute_dtypes
 from offload.tiers.blocks import SlabBlocks
+from offload.tiers.mover import Mover
+from offload.tiers.reads import begin_partial
 from offload.tiers.slab import Residency
 from offload.tiers.unit import Unit
 
@@ -177,6 +181,26 @@ def test_a_backward_reads_the_rows_of_its_forwards(
 def assert_same_grads(ours: nn.Module, theirs: nn.Module) -> None:
     for (name, mine), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
         assert torch.equal(mine.grad.clone(), other.grad), name
+
+
+@pytest.mark.own_device
+def test_only_experts_that_were_all_used_are_read_ahead_of_a_forward(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, tokens = Sparse(), torch.arange(64).view(2, 32)
+    context = f.wrap(model, tmp_path)
+    units, misses = f.by_row(context), []
+    with torch.no_grad():
+        for rows in ((), (1, 4)):
+            model.route(*rows)
+            for _ in range(3):
+                f.give_up(context)
+                before = context.mover.misses
+                model(tokens)
+                misses.append(context.mover.misses - before)
+            routed = None if not rows else frozenset(rows)
+            assert [unit.routed for unit in units] == [routed] * len(units)
+    assert misses[2] < len(units)
+    assert misses[-1] == len(units)
 
 
 class Checkpointed(Sparse):
@@ -514,3 +538,56 @@ def test_a_read_that_fails_leaves_the_rows_that_were_there(
     for m in (plain, model):
         m.route(4, 5)
     assert torch.equal(model(TOKENS), plain(TOKENS))
+
+
+class Interrupter:
+    """Raises KeyboardInterrupt before one line of what reads rows."""
+
+    TRACED = frozenset(
+        {
+            Mover._start_missing.__code__,
+            Mover._start_read.__code__,
+            Mover._start.__code__,
+            Mover._note_started.__code__,
+            begin_partial.__code__,
+        }
+    )
+
+    def __init__(self, line: int) -> None:
+        self.left = line
+
+    def __call__(self, frame: FrameType, event: str, argument: Any) -> Any:
+        if frame.f_code not in self.TRACED:
+            return None
+        if event == "line" and self.left >= 0:
+            self.left -= 1
+            if self.left < 0:
+                raise KeyboardInterrupt
+        return self
+
+
+@pytest.mark.own_device
+def test_no_row_is_taken_for_read_after_ctrl_c_on_any_line_of_its_read(tmp_path: Path) -> None:
+    plain, model = (seeded(lambda: Sparse(layers=2)) for _ in range(2))
+    context = f.wrap(model, tmp_path)
+    f.give_up(context)
+    interrupted = []
+    for line in range(0, 200, 3):
+        for rows in ((0, 1), (3, 4)):  # from nothing, and beside what is there
+            model.route(*rows)
+            interrupter = Interrupter(line)
+            sys.settrace(interrupter)
+            try:
+                with torch.no_grad():
+                    model(TOKENS)
+            except KeyboardInterrupt:
+                pass
+            finally:
+                sys.settrace(None)
+            interrupted.append(interrupter.left < 0)
+            plain.route(*rows)
+            with torch.no_grad():
+                assert torch.equal(model(TOKENS), plain(TOKENS)), (line, rows)
+        f.give_up(context)
+    assert interrupted[0]
+    assert not interrupted[-1]
