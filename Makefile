@@ -77,6 +77,8 @@ py-test: build $(VENV)/.stamp-dev
 device-test: build $(VENV)/.stamp-dev
 	$(BIN)/python -m pytest --device simulated:latest \
 	  tests/python/runtime tests/python/optim tests/python/parity
+	$(BIN)/python -m pytest --device simulated:latest --update device \
+	  tests/python/runtime tests/python/optim
 
 lint: $(VENV)/.stamp-dev
 	$(BIN)/ruff check $(PY_DIRS)
