@@ -94,6 +94,8 @@ TEST_CASE("An event that comes after a later one of its stream is not kept waiti
   const std::shared_ptr<Device> device = simulated(Pace::kLatest);
   const auto host = pinned_arena(*device, kMiB);
   const auto arena = device_arena(device, kMiB);
+  std::atomic<bool> first_came{false};
+  std::atomic<bool> second_came{false};
   const auto completions = must(DeviceCompletions::create(device));
   const Lease source = must_allocate(*host, kBlock);
   std::memset(source.data(), 1, kBlock);
@@ -104,8 +106,6 @@ TEST_CASE("An event that comes after a later one of its stream is not kept waiti
     must(device->copy_h2d(leases[k]->data(), source.data(), kBlock, StreamId::kH2d));
     events.push_back(must(device->record(StreamId::kH2d)));
   }
-  std::atomic<bool> first_came{false};
-  std::atomic<bool> second_came{false};
   completions->events()->when(events[1], [&](const Status&, const Event&) { second_came = true; });
   std::this_thread::sleep_for(std::chrono::milliseconds(50));  // its thread waits for it now
   completions->events()->when(events[0], [&](const Status&, const Event&) { first_came = true; });
