@@ -78,6 +78,8 @@ py-test: build $(VENV)/.stamp-dev
 device-test: build $(VENV)/.stamp-dev
 	$(BIN)/python -m pytest --device simulated:latest \
 	  tests/python/runtime tests/python/optim tests/python/parity
+	$(BIN)/python -m pytest --device simulated:latest --update device \
+	  tests/python/runtime tests/python/optim
 
 # Offline, with the Python and the tools of the machine: see the script.
 OUT ?= build/gpu-test

@@ -1,5 +1,6 @@
 #include "stream/device_completions.h"
 
+#include <algorithm>
 #include <string>
 
 namespace offload {
@@ -15,26 +16,16 @@ void DeviceEvents::when(Event event, Callback callback) {
     std::lock_guard<std::mutex> lock(mutex_);
     if (!closed_) {
       Queue& own = queue(event->stream());
-      own.entries.push_back({std::move(event), std::move(callback)});
+      // Threads that submit at once may come here in another order than they recorded in.
+      const auto later =
+          std::find_if(own.entries.begin(), own.entries.end(),
+                       [&](const Entry& entry) { return event->number() < entry.event->number(); });
+      own.entries.insert(later, Entry{std::move(event), std::move(callback)});
       own.changed.notify_one();
       return;
     }
   }
   callback(device_->synchronize(event), event);
-}
-
-Status DeviceEvents::wait(const Event& event) {
-  while (true) {
-    bool closed = false;
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      closed = closed_;
-    }
-    const Result<bool> complete =
-        device_->wait_for(event, kLookMs, closed ? Waiter::kCaller : Waiter::kBackground);
-    if (!complete.is_ok()) return complete.status();
-    if (complete.value()) return Status::ok();
-  }
 }
 
 void DeviceEvents::run(StreamId stream) {
@@ -43,15 +34,21 @@ void DeviceEvents::run(StreamId stream) {
   while (true) {
     own.changed.wait(lock, [&] { return closed_ || !own.entries.empty(); });
     if (own.entries.empty()) return;
-    Entry entry = std::move(own.entries.front());
-    own.entries.pop_front();
+    // It stays in the queue: one that was recorded before it may still come, and be waited for.
+    const Event event = own.entries.front().event;
+    const Waiter waiter = closed_ ? Waiter::kCaller : Waiter::kBackground;
     lock.unlock();
-    if (waits()) {
-      const Status status = wait(entry.event);
-      entry.callback(status, entry.event);
-    } else {
-      entry.callback(Status::ok(), nullptr);
-    }
+    const bool omitted = !waits();
+    const Result<bool> complete =
+        omitted ? Result<bool>(true) : device_->wait_for(event, kLookMs, waiter);
+    lock.lock();
+    if (complete.is_ok() && !complete.value()) continue;
+    const auto at = std::find_if(own.entries.begin(), own.entries.end(),
+                                 [&](const Entry& candidate) { return candidate.event == event; });
+    Entry entry = std::move(*at);
+    own.entries.erase(at);
+    lock.unlock();
+    entry.callback(complete.is_ok() ? Status::ok() : complete.status(), omitted ? nullptr : event);
     entry = {};  // what the callback held goes without the lock
     lock.lock();
   }

@@ -53,14 +53,13 @@ class DeviceEvents {
     Callback callback;
   };
   struct Queue {
-    std::deque<Entry> entries;
+    std::deque<Entry> entries;  // in the order in which their events were recorded
     ForkSafeCondition changed;
   };
 
   void run(StreamId stream);
   void close();
   bool waits() const { return !device_->omits_waits(kCompletion); }
-  Status wait(const Event& event);
   Queue& queue(StreamId stream) { return queues_[static_cast<std::size_t>(stream)]; }
 
   const std::shared_ptr<Device> device_;

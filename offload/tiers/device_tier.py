@@ -320,6 +320,7 @@ class DeviceTier:
                 return None
 
     def _give_up(self, slab: Slab) -> None:
+        self._leaving = [left for left in self._leaving if not left[1].issued()]
         arrival = self._copies.pop(slab).arrival
         if arrival is not None and not arrival.issued():
             self._leaving.append((slab, arrival))

@@ -20,7 +20,6 @@ from offload import _native
 from offload.errors import BudgetError
 from offload.tiers.device_tier import DeviceCopy, DeviceTier
 from offload.tiers.slab import Residency, Slab
-from offload.tiers.unit import Unit
 from offload.tiers.update_job import UpdateJob
 
 
@@ -37,7 +36,6 @@ class DeviceUpdates:
         self.done = 0
         self.without_room = 0
         self._device = device
-        self._launched: dict[Unit, list[None]] = {}
 
     def can_run(self, job: UpdateJob) -> bool:
         """Whether there are kernels for all of the job."""
@@ -49,14 +47,13 @@ class DeviceUpdates:
         Raises:
             OffloadError: what it uses could not be read.
         """
-        if not self._launched.get(job.unit) and not self._compute(job):
+        if not job.launched and not self._compute(job):
             self.without_room += 1
             return False
         for slab in job.results:
             self._device.send(slab)
         for slab in job.state:
             self._device.drop(slab)
-        del self._launched[job.unit]
         self.done += 1
         return True
 
@@ -117,7 +114,6 @@ class DeviceUpdates:
             [leases[slab].address for slab in job.scales],
             job.unit.name,
         )
-        launched = self._launched.setdefault(job.unit, [])
         # Signal handlers run between C functions: it is never launched twice.
-        launched.extend(starmap(_native.device_update, (arguments,)))
+        job.launched.extend(starmap(_native.device_update, (arguments,)))
         del uses

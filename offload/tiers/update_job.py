@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 from offload import _native
@@ -24,6 +24,7 @@ class UpdateJob:
         seed: of stochastic rounding.
         segments: one per parameter that has a gradient, ascending.
         on_device: it is to run on the device.
+        launched: what launching it there returned, once that was done.
     """
 
     unit: Unit
@@ -33,6 +34,7 @@ class UpdateJob:
     seed: int
     segments: list[_native.UpdateSegment]
     on_device: bool = False
+    launched: list[None] = field(default_factory=list)
 
     @property
     def scales(self) -> list[Slab]:

@@ -1,6 +1,7 @@
 // DeviceTransfer: disk, host and device and back, on every kind of device.
 #include "stream/device_transfer.h"
 
+#include <atomic>
 #include <cerrno>
 #include <chrono>
 #include <cstdint>
@@ -88,6 +89,34 @@ void until_issued(DeviceTransfer& transfer) {
 }
 
 }  // namespace
+
+TEST_CASE("An event that comes after a later one of its stream is not kept waiting by it") {
+  const std::shared_ptr<Device> device = simulated(Pace::kLatest);
+  const auto host = pinned_arena(*device, kMiB);
+  const auto arena = device_arena(device, kMiB);
+  std::atomic<bool> first_came{false};
+  std::atomic<bool> second_came{false};
+  const auto completions = must(DeviceCompletions::create(device));
+  const Lease source = must_allocate(*host, kBlock);
+  std::memset(source.data(), 1, kBlock);
+  std::vector<Event> events;
+  std::vector<std::shared_ptr<DeviceLease>> leases;
+  for (int k = 0; k < 2; ++k) {
+    leases.push_back(must_lease(*arena, kBlock));
+    must(device->copy_h2d(leases[k]->data(), source.data(), kBlock, StreamId::kH2d));
+    events.push_back(must(device->record(StreamId::kH2d)));
+  }
+  completions->events()->when(events[1], [&](const Status&, const Event&) { second_came = true; });
+  std::this_thread::sleep_for(std::chrono::milliseconds(50));  // its thread waits for it now
+  completions->events()->when(events[0], [&](const Status&, const Event&) { first_came = true; });
+  must(device->synchronize(events[0]));  // nobody hurries the second
+  for (int k = 0; k < 500 && !first_came; ++k) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(10));
+  }
+  CHECK(first_came);
+  CHECK_FALSE(second_came);
+  must(device->drain());
+}
 
 TEST_CASE_TEMPLATE("From disk to the device, through compute, and back, without a host wait", Kind,
                    OFFLOAD_DEVICES) {

@@ -133,6 +133,23 @@ TEST_CASE("Host memory changes hands when what copied it was waited for, whoever
   CHECK_FALSE(access(checker, kHost, kWrite, 200, 300).is_ok());
 }
 
+TEST_CASE("Reads that are known to be complete are forgotten, and nothing else") {
+  OrderChecker checker;
+  must(access(checker, kHost, kWrite, 0, 400));
+  must(access(checker, kUp, kRead, 0, 300, "first"));
+  const OrderChecker::Clock first = checker.record(kUp);
+  must(access(checker, kUp, kRead, 200, 400, "second"));
+  checker.wait(kDown, first);
+  must(access(checker, kDown, kWrite, 0, 100, "results"));
+  checker.forget_reads(at(0), 400, first);
+  CHECK_FALSE(access(checker, kHost, kRead, 0, 100).is_ok());     // results are on their way
+  CHECK(access(checker, kHost, kWrite, 100, 200).is_ok());        // nobody reads it any more
+  CHECK_FALSE(access(checker, kHost, kWrite, 200, 201).is_ok());  // the second still does
+  CHECK_FALSE(access(checker, kHost, kWrite, 399, 400).is_ok());
+  checker.forget_reads(at(0), 400, checker.record(kUp));
+  CHECK(access(checker, kHost, kWrite, 200, 400).is_ok());
+}
+
 TEST_CASE("The history of a program that repeats does not grow") {
   OrderChecker checker;
   std::size_t most = 0;

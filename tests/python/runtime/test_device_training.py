@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from offload import _native
 from offload.runtime.wrapped import wrapped
 from offload.tiers.device_tier import COPY, DeviceTier
 from offload.tiers.mover import Mover
+from offload.tiers.slab import Residency
 
 pytestmark = pytest.mark.own_device
 TOKENS = torch.arange(24).view(2, 12)
@@ -146,6 +148,50 @@ def test_the_host_waits_for_copies_before_it_changes_their_source(
     monkeypatch.setattr(Mover, "wait", careless)
     with pytest.raises(offload.UnorderedAccessError, match="on the host"):
         mover.settle(slabs[1])
+
+
+def test_a_prefetch_goes_from_disk_to_the_device_by_itself(tmp_path: Path) -> None:
+    model = offload.wrap(make(), policy(tmp_path, "simulated:latest"))
+    tier, mover = device_of(model), wrapped(model).context.mover
+    slab = next(u.param_slab for u in wrapped(model).context.units if not u.param_slab.pinned)
+    mover.settle(slab)
+    expected = slab.view(0, (slab.nbytes,), (1,), torch.uint8).clone()
+    mover.evict(slab)
+    tier.drop(slab)
+    misses = mover.misses
+    assert tier.prefetch(slab, 0)
+    copy = tier.copy_of(slab)
+    assert copy is not None
+    assert copy.arrival is not None
+    deadline = time.monotonic() + 60
+    while not copy.arrival.issued():
+        assert time.monotonic() < deadline
+    slab.locks += 1
+    there = tier.fetch(slab).view(0, (slab.nbytes,), (1,), torch.uint8)
+    slab.locks -= 1
+    assert torch.equal(there, expected)
+    assert mover.misses == misses
+
+
+def test_a_copy_that_is_given_up_while_it_is_read_keeps_its_memory(tmp_path: Path) -> None:
+    """Until then nobody else gets it, and who needs room waits for that."""
+    model = offload.wrap(make(), policy(tmp_path, "simulated:latest"))
+    tier, mover = device_of(model), wrapped(model).context.mover
+    slabs = [u.param_slab for u in wrapped(model).context.units if not u.param_slab.pinned]
+    largest = [s for s in slabs if s.nbytes == max(s.nbytes for s in slabs)]
+    for _ in range(20):
+        for slab in largest:
+            mover.settle(slab)
+            if slab.residency is Residency.HOST and not slab.locks:
+                mover.evict(slab)
+            tier.drop(slab)
+        tier.next_use = {}
+        for use, slab in enumerate(largest):
+            tier.prefetch(slab, use)
+        first = largest[-1]
+        first.locks += 1
+        tier.fetch(first)
+        first.locks -= 1
 
 
 def test_a_budget_that_is_too_small_is_refused_with_the_least(tmp_path: Path) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -19,6 +21,7 @@ from offload.tiers.context import RuntimeContext
 from offload.tiers.device_tier import DeviceTier
 from offload.tiers.device_updates import DeviceUpdates
 from offload.tiers.slab import Slab
+from offload.tiers.updates import Updates
 
 pytestmark = pytest.mark.own_device
 TOKENS = torch.arange(24).view(2, 12)
@@ -359,6 +362,75 @@ def test_an_interrupted_update_is_taken_once(
     assert interruptions == 1
     for a, b in zip(model.state_dict().values(), plain.state_dict().values(), strict=True):
         assert torch.equal(a, b)
+
+
+class Interrupter:
+    """Raises KeyboardInterrupt before one line of what runs an update, counted over all units."""
+
+    TRACED = frozenset(
+        function.__code__
+        for function in (
+            Updates._runs_on_device,
+            *(DeviceUpdates.run, DeviceUpdates._compute, DeviceUpdates._bring),
+            *(DeviceUpdates._launch, DeviceUpdates._make),
+            *(DeviceTier.bring, DeviceTier.ready, DeviceTier.send, DeviceTier.drop),
+        )
+    )
+
+    def __init__(self, line: int) -> None:
+        self.left = line
+
+    def __call__(self, frame: FrameType, event: str, argument: Any) -> Any:
+        if frame.f_code not in self.TRACED:
+            return None
+        if event == "line" and self.left >= 0:
+            self.left -= 1
+            if self.left < 0:
+                raise KeyboardInterrupt
+        return self
+
+
+def test_an_update_that_is_interrupted_on_any_line_is_taken_once(tmp_path: Path) -> None:
+    """The first lines are those of the first step, the others of all that follow."""
+
+    def small() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(129, 331), nn.Linear(331, 129))
+
+    plain, model = small(), small()
+    budget = offload.Budget(host="4MiB", device="4MiB")
+    offload.wrap(
+        model,
+        offload.Policy(
+            budget, device="simulated:latest", update="device", debug=True, max_unit_bytes="200KiB"
+        ),
+    )
+    ours = offload.AdamW(model.parameters(), lr=1e-2)
+    theirs = torch.optim.AdamW(plain.parameters(), lr=1e-2, foreach=False)
+    context, x = context_of(model), torch.randn(3, 129)
+    for line in range(0, 1000, 3):
+        for each, optimizer in ((plain, theirs), (model, ours)):
+            optimizer.zero_grad()
+            each(x).square().mean().backward()
+            optimizer.step()
+        interrupter = Interrupter(line)
+        sys.settrace(interrupter)
+        try:
+            with context.lock:
+                context.flush()
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(None)
+        with context.lock:
+            context.flush()
+        for a, b in zip(model.state_dict().values(), plain.state_dict().values(), strict=True):
+            assert torch.equal(a, b), line
+        if interrupter.left >= 0:
+            break
+    assert line > 100
+    assert interrupter.left >= 0
+    check_all_ran_there(model)
 
 
 def rates(**changed: float) -> UpdateRates:
