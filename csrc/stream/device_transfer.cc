@@ -208,11 +208,14 @@ Result<bool> DeviceTransfer::wait_for(unsigned milliseconds) {
                          [this] { return done_ || event_ != nullptr; })) {
     return false;
   }
-  if (done_) return true;
+  if (event_ == nullptr) return done_;
+  const bool was_done = done_;
   const Event event = event_;
   lock.unlock();
-  // An error of the device ends the transfer too.
+  // Also where the transfer has ended: from now on the caller is ordered after the copy. An error
+  // of the device ends the transfer too.
   const Result<bool> copied = device().wait_for(event, milliseconds, Waiter::kCaller);
+  if (was_done) return true;
   lock.lock();
   if (copied.is_ok() && !copied.value()) return done_;
   return changed_.wait_for(lock, deadline - steady_clock::now(), [this] { return done_; });

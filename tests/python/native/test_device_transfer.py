@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,18 @@ def test_a_step_of_many_units_through_little_memory(chain: Chain) -> None:
     assert chain.device.stats()["conflicts"] == 0
     assert chain.arena.usage()["in_use"] == 0
     assert chain.transfers.stats()["stalls"] <= 5
+
+
+def test_waiting_for_one_that_has_ended_orders_what_follows(tmp_path: Path) -> None:
+    chain = Chain(tmp_path, "earliest")
+    lease, host = chain.arena.allocate(NBYTES, "unit"), chain.lease()
+    torch.frombuffer(host, dtype=torch.float32, count=COUNT).fill_(1)
+    fetched = chain.transfers.fetch(lease, host, NBYTES)
+    while not fetched.done():
+        time.sleep(0.001)
+    fetched.wait()
+    chain.transfers.spill(lease, host, NBYTES).wait()
+    assert chain.device.stats()["conflicts"] == 0
 
 
 def test_in_host_memory_only(chain: Chain) -> None:
