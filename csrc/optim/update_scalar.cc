@@ -152,7 +152,8 @@ void store(void* array, std::size_t i, T value) {
   std::memcpy(static_cast<std::byte*>(array) + i * sizeof(T), &value, sizeof(T));
 }
 
-// The gradient, multiplied by the factors, each product rounded to its type.
+// The gradient, multiplied by the factors, each product rounded to its type; one of 16 bits then by
+// what unscales it, in fp32.
 float load_grad(const UpdateCall& call, std::size_t i) {
   const RuleScalars& s = call.scalars;
   const ElementType type = call.format.param;
@@ -163,7 +164,7 @@ float load_grad(const UpdateCall& call, std::size_t i) {
   }
   float g = widen(type, load<std::uint16_t>(call.arrays.grad, i));
   for (std::size_t k = 0; k < s.factor_count; ++k) g = widen(type, narrow(type, g * s.factors[k]));
-  return g;
+  return s.unscale == 1.0f ? g : g * s.unscale;
 }
 
 // Elements [first, first + n), n <= kQuantBlock; with kInt8 one block.

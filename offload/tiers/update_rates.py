@@ -41,7 +41,7 @@ def measure_update_rates(
         transfers.fetch(leases[0], via, nbytes).wait()
 
     def to_host() -> None:
-        transfers.spill(leases[0], via, nbytes).wait()
+        transfers.spill(leases[0], via, nbytes, after=device.record("h2d")).wait()
 
     fetched, sent = _seconds(to_device), _seconds(to_host)
     device.drain()

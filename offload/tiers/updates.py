@@ -140,17 +140,17 @@ class Updates:
 
     def _runs_on_device(self, unit: Unit) -> bool:
         """Run the job of `unit`, which waits, on the device, if it is to and there is room."""
-        job = self._waiting[unit]
-        if not job.on_device or self.on_device is None:
+        job = self._waiting.get(unit)  # None where Ctrl-C came after it was submitted
+        if job is None or not job.on_device or self.on_device is None:
             return False
         if not self.on_device.run(job):
             job.on_device = False
             if self._device is not None:
                 self._device.drop(unit.param_slab)
             return False
-        self._waiting.pop(unit, None)
-        unit.update_waits = False
         unit.update_slabs = []
+        unit.update_waits = False
+        self._waiting.pop(unit, None)
         return True
 
     def _start(self, unit: Unit) -> None:

@@ -92,8 +92,8 @@ void until_issued(DeviceTransfer& transfer) {
 
 TEST_CASE("An event that comes after a later one of its stream is not kept waiting by it") {
   const std::shared_ptr<Device> device = simulated(Pace::kLatest);
-  const auto host = pinned_arena(*device, kMiB);
-  const auto arena = device_arena(device, kMiB);
+  const auto host = pinned_arena(*device, kBlock);
+  const auto arena = device_arena(device, 2 * kBlock);
   std::atomic<bool> first_came{false};
   std::atomic<bool> second_came{false};
   const auto completions = must(DeviceCompletions::create(device));
