@@ -22,6 +22,7 @@ import offload
 from offload.runtime.discover import find_units
 from offload.runtime.precision import compute_dtypes
 from offload.tiers.blocks import SlabBlocks
+from offload.tiers.flights import Flights
 from offload.tiers.mover import Mover
 from offload.tiers.reads import begin_partial
 from offload.tiers.slab import Residency
@@ -547,8 +548,8 @@ class Interrupter:
         {
             Mover._start_missing.__code__,
             Mover._start_read.__code__,
-            Mover._start.__code__,
-            Mover._note_started.__code__,
+            Flights.start.__code__,
+            Flights.note.__code__,
             begin_partial.__code__,
         }
     )
