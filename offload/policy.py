@@ -166,7 +166,10 @@ class Policy:
             autograd. On CUDA only "keep" and "recompute", which leaves a block's inputs there.
         activation_bytes: the part of the host budget for activations. None: half of it with
             "host", a quarter otherwise, or less where the model needs the rest.
-        debug: overwrite with NaN whatever memory is given up, so that a use after release shows.
+        debug: overwrite with NaN whatever memory is given up, so that a use after release shows;
+            compare the CRC32C of what nobody should have changed in memory before it is given up;
+            on a CUDA device, check that every two uses of the same bytes are ordered. A pass over
+            the bytes at each release, and one at each read and write; the values are the same.
     """
 
     budget: Budget
