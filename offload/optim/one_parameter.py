@@ -95,6 +95,14 @@ class ParameterStep:
                 "cannot be spilled"
             )
 
+    @property
+    def unscales(self) -> bool:
+        """Whether the step replaces the gradient: torch's fused kernels, for a GradScaler.
+
+        They do not count a version of it.
+        """
+        return self._step.attributes.get("grad_scale") is not None
+
     def forget(self) -> None:
         """Let go of the state: an error's traceback may keep this object."""
         self._worker.state = defaultdict(dict)

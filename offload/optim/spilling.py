@@ -280,6 +280,8 @@ class Spilling:
         try:
             with gradient_as_tensor(turn.param, turn.owner):
                 one.run()
+                if one.unscales and turn.param.grad is not None:
+                    torch.autograd.graph.increment_version(turn.param.grad)
         finally:  # as in torch, what a step that failed has done stays
             if turn.param._version == version:  # not every kernel counts it up
                 torch.autograd.graph.increment_version(turn.param)

@@ -136,6 +136,7 @@ def test_clipping_and_accumulation(
 def test_grad_scaler(name: str, tmp_path: Path) -> None:
     def run(model: nn.Module, optimizer: Optimizer) -> list[torch.Tensor]:
         scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+        after = []
         for step in range(4):
             optimizer.zero_grad()
             x = torch.randn(4, 256, generator=torch.Generator().manual_seed(step))
@@ -145,7 +146,8 @@ def test_grad_scaler(name: str, tmp_path: Path) -> None:
                 nn.utils.clip_grad_norm_(model.parameters(), 0.01)
             scaler.step(optimizer)
             scaler.update()
-        return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+            after += [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        return after
 
     cls, kw = CLASSES[name]
     plain = make_model()
