@@ -71,10 +71,14 @@ class Pointers:
 
     @staticmethod
     def blank(param: OffloadedParam) -> None:
-        """Make a parameter a placeholder that was never attached."""
+        """Make a parameter a placeholder that was never attached.
+
+        The class comes first: another thread may use the parameter between any two lines, and one
+        of its own class is taken to have its bytes.
+        """
+        param.param.__class__ = SpilledParameter
         with torch._C.DisableTorchFunctionSubclass():
             param.param.data = param.placeholder
-        param.param.__class__ = SpilledParameter
 
     def note_version(self, unit: Unit) -> None:
         """Take what the parameters, which are attached, hold now for unchanged."""

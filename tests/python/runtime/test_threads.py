@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import torch
 import training as t
@@ -12,6 +15,8 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 import offload
+from offload.tiers.pointers import Pointers
+from offload.tiers.unit import SpilledParameter, owner_of
 
 
 def test_inference_in_other_threads_is_right_while_nothing_trains(tmp_path: Path) -> None:
@@ -63,6 +68,33 @@ def test_inference_in_a_second_thread_leaves_training_exact(tmp_path: Path) -> N
     t.assert_same(theirs, ours)
     report = offload.report(model).as_dict()
     assert report["arena_peak_bytes"] <= report["arena_budget_bytes"]
+
+
+def test_no_thread_meets_a_placeholder_that_does_not_say_so(tmp_path: Path) -> None:
+    """Between any two lines another thread may read a parameter, which would be NaN to it."""
+    model = t.wrapped(t.Stack, tmp_path, t.least_budget(t.Stack))
+    params = list(model.parameters())
+    lines = {Pointers.point.__code__, Pointers.hide.__code__, Pointers.blank.__code__}
+    seen: set[type] = set()
+
+    def look(frame: FrameType, event: str, argument: Any) -> Any:
+        if frame.f_code not in lines:
+            return None
+        for param in params:
+            owner = owner_of(param)
+            assert owner is not None
+            seen.add(type(param))
+            if type(param) is nn.Parameter:
+                assert param.data_ptr() != owner.placeholder.data_ptr()
+        return look
+
+    sys.settrace(look)
+    try:
+        with torch.no_grad():
+            model(torch.arange(8).view(1, 8))
+    finally:
+        sys.settrace(None)
+    assert seen == {nn.Parameter, SpilledParameter}
 
 
 def test_a_step_takes_nothing_from_under_another_thread(tmp_path: Path) -> None:
