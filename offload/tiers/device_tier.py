@@ -288,12 +288,16 @@ class DeviceTier:
         return slab in self._reading
 
     def end_one(self) -> bool:
-        """Wait for the oldest copy from host memory in flight; False when there is none."""
-        for slab in list(self._reading):
-            if self.is_reading(slab):
-                self.settle(slab)
-                return True
-        return False
+        """See the oldest copy from host memory end; False when there is none.
+
+        One that has ended by itself counts: whoever asked may have found it in flight before.
+        """
+        slab = next(iter(self._reading), None)
+        if slab is None:
+            return False
+        if self.is_reading(slab):
+            self.settle(slab)
+        return True
 
     # -- memory -----------------------------------------------------------------------------------
 

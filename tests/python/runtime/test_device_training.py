@@ -194,6 +194,22 @@ def test_a_copy_that_is_given_up_while_it_is_read_keeps_its_memory(tmp_path: Pat
         first.locks -= 1
 
 
+def test_a_copy_that_ended_meanwhile_has_made_room(tmp_path: Path) -> None:
+    """Who found it in flight, and nothing to evict for that, has to look once more."""
+    model = offload.wrap(make(), policy(tmp_path, "simulated:earliest"))
+    tier, mover = device_of(model), wrapped(model).context.mover
+    slab = wrapped(model).context.units[0].param_slab
+    mover.settle(slab)
+    mover.fetch(slab)
+    while tier.end_one():  # what wrap has begun
+        pass
+    tier.drop(slab)
+    assert tier.prefetch(slab, 0)
+    tier._reading[slab].wait()
+    assert tier.end_one()
+    assert not tier.end_one()
+
+
 def test_a_budget_that_is_too_small_is_refused_with_the_least(tmp_path: Path) -> None:
     model = make()
     with pytest.raises(offload.BudgetError) as refused:
