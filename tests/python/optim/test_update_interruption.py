@@ -4,41 +4,25 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import family as f
 import pytest
+from interrupter import Interrupter
 
 from offload import optim
 from offload.tiers.context import RuntimeContext
 from offload.tiers.updates import Updates
 
-TRACED = {Updates._start.__code__, Updates._submit.__code__}
+TRACED = (Updates._start, Updates._submit)
 LINES = 90
 """More than a step executes of them: from some number on nothing is interrupted."""
-
-
-class Interrupter:
-    """Raises KeyboardInterrupt before one line of the traced functions, counted over all units."""
-
-    def __init__(self, line: int) -> None:
-        self.left = line
-
-    def __call__(self, frame: FrameType, event: str, argument: Any) -> Any:
-        if frame.f_code not in TRACED:
-            return None
-        if event == "line" and self.left >= 0:
-            self.left -= 1
-            if self.left < 0:
-                raise KeyboardInterrupt
-        return self
 
 
 def step_interrupted(optimizer: Any, context: RuntimeContext, line: int) -> bool:
     """Take a step and finish it, interrupted at `line` once; return whether it was."""
     optimizer.step()
-    interrupter = Interrupter(line)
+    interrupter = Interrupter(TRACED, line)
     sys.settrace(interrupter)
     try:
         with context.lock:

@@ -6,11 +6,11 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import pytest
 import torch
+from interrupter import Interrupter
 from torch import nn
 
 import offload
@@ -364,30 +364,12 @@ def test_an_interrupted_update_is_taken_once(
         assert torch.equal(a, b)
 
 
-class Interrupter:
-    """Raises KeyboardInterrupt before one line of what runs an update, counted over all units."""
-
-    TRACED = frozenset(
-        function.__code__
-        for function in (
-            Updates._runs_on_device,
-            *(DeviceUpdates.run, DeviceUpdates._compute, DeviceUpdates._bring),
-            *(DeviceUpdates._launch, DeviceUpdates._make),
-            *(DeviceTier.bring, DeviceTier.ready, DeviceTier.send, DeviceTier.drop),
-        )
-    )
-
-    def __init__(self, line: int) -> None:
-        self.left = line
-
-    def __call__(self, frame: FrameType, event: str, argument: Any) -> Any:
-        if frame.f_code not in self.TRACED:
-            return None
-        if event == "line" and self.left >= 0:
-            self.left -= 1
-            if self.left < 0:
-                raise KeyboardInterrupt
-        return self
+TRACED = (
+    Updates._runs_on_device,
+    *(DeviceUpdates.run, DeviceUpdates._compute, DeviceUpdates._bring),
+    *(DeviceUpdates._launch, DeviceUpdates._make),
+    *(DeviceTier.bring, DeviceTier.ready, DeviceTier.send, DeviceTier.drop),
+)
 
 
 def test_an_update_that_is_interrupted_on_any_line_is_taken_once(tmp_path: Path) -> None:
@@ -413,7 +395,7 @@ def test_an_update_that_is_interrupted_on_any_line_is_taken_once(tmp_path: Path)
             optimizer.zero_grad()
             each(x).square().mean().backward()
             optimizer.step()
-        interrupter = Interrupter(line)
+        interrupter = Interrupter(TRACED, line)
         sys.settrace(interrupter)
         try:
             with context.lock:

@@ -6,7 +6,6 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import fused as f
@@ -14,6 +13,7 @@ import pytest
 import torch
 import training as t
 from fused import EXPERTS, Experts, Reads, Sparse
+from interrupter import Interrupter
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from training import Loop
@@ -541,30 +541,7 @@ def test_a_read_that_fails_leaves_the_rows_that_were_there(
     assert torch.equal(model(TOKENS), plain(TOKENS))
 
 
-class Interrupter:
-    """Raises KeyboardInterrupt before one line of what reads rows."""
-
-    TRACED = frozenset(
-        {
-            Mover._start_missing.__code__,
-            Mover._start_read.__code__,
-            Flights.start.__code__,
-            Flights.note.__code__,
-            begin_partial.__code__,
-        }
-    )
-
-    def __init__(self, line: int) -> None:
-        self.left = line
-
-    def __call__(self, frame: FrameType, event: str, argument: Any) -> Any:
-        if frame.f_code not in self.TRACED:
-            return None
-        if event == "line" and self.left >= 0:
-            self.left -= 1
-            if self.left < 0:
-                raise KeyboardInterrupt
-        return self
+TRACED = (Mover._start_missing, Mover._start_read, Flights.start, Flights.note, begin_partial)
 
 
 @pytest.mark.own_device
@@ -576,7 +553,7 @@ def test_no_row_is_taken_for_read_after_ctrl_c_on_any_line_of_its_read(tmp_path:
     for line in range(0, 200, 3):
         for rows in ((0, 1), (3, 4)):  # from nothing, and beside what is there
             model.route(*rows)
-            interrupter = Interrupter(line)
+            interrupter = Interrupter(TRACED, line)
             sys.settrace(interrupter)
             try:
                 with torch.no_grad():

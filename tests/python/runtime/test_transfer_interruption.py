@@ -4,35 +4,18 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
 import torch
 import training as t
+from interrupter import Interrupter
 
 from offload.tiers.flights import Flights
 from offload.tiers.slab import Residency
 from offload.tiers.unit import SpilledParameter, owner_of
 
-TRACED = {Flights.start.__code__, Flights.note.__code__}
+TRACED = (Flights.start, Flights.note)
 LINES = 60
 """More than a write and a read execute of them."""
-
-
-class Interrupter:
-    """Raises KeyboardInterrupt before one line of the traced functions."""
-
-    def __init__(self, line: int) -> None:
-        self.left = line
-
-    def __call__(self, frame: FrameType, event: str, argument: Any) -> Any:
-        if frame.f_code not in TRACED:
-            return None
-        if event == "line" and self.left >= 0:
-            self.left -= 1
-            if self.left < 0:
-                raise KeyboardInterrupt
-        return self
 
 
 def test_a_written_parameter_survives(tmp_path: Path) -> None:
@@ -51,7 +34,7 @@ def test_a_written_parameter_survives(tmp_path: Path) -> None:
     interrupted = []
     for line in range(LINES):
         before = param.clone()
-        interrupter = Interrupter(line)
+        interrupter = Interrupter(TRACED, line)
         sys.settrace(interrupter)
         try:
             with torch.no_grad():
