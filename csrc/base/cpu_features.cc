@@ -27,6 +27,7 @@ CpuFeatures detect() {
 #if defined(__x86_64__)
   // The builtins also ask XGETBV whether the system saves the wide registers.
   __builtin_cpu_init();
+  features.amd = __builtin_cpu_is("amd") != 0;
   features.sse42 = __builtin_cpu_supports("sse4.2") != 0;
   features.pclmul = __builtin_cpu_supports("pclmul") != 0;
   features.avx2 = __builtin_cpu_supports("avx2") != 0;

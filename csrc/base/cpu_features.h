@@ -8,6 +8,7 @@ namespace offload {
 
 struct CpuFeatures {
   // x86-64.
+  bool amd = false;  // who made it: for what cannot be asked, such as how far it prefetches
   bool sse42 = false;
   bool pclmul = false;
   bool vpclmul = false;  // of 64-byte registers

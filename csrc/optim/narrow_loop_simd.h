@@ -65,11 +65,13 @@ struct NarrowLoop {
 
   // For the elements [i, i + kGroup), which are used next.
   template <std::size_t kStateBytes>
-  [[gnu::always_inline]] static void prefetch_group(const NarrowArrays& a, std::size_t i) {
-    prefetch<kGroup * sizeof(float)>(a.param + i);
-    prefetch<kGroup * sizeof(float)>(a.grad + i);
+  [[gnu::always_inline]] static void prefetch_group(const NarrowArrays& a, std::size_t i,
+                                                    std::size_t ahead) {
+    prefetch<kGroup * sizeof(float)>(a.param + i, ahead);
+    prefetch<kGroup * sizeof(float)>(a.grad + i, ahead);
     for (std::size_t k = 0; k < kStates; ++k) {
-      prefetch<kGroup * kStateBytes>(static_cast<const std::byte*>(a.state[k]) + i * kStateBytes);
+      prefetch<kGroup * kStateBytes>(static_cast<const std::byte*>(a.state[k]) + i * kStateBytes,
+                                     ahead);
     }
   }
 
@@ -96,7 +98,7 @@ struct NarrowLoop {
     const RuleLoop<V, Rule> update = loop;
     const Int iota = Int::iota();
     for (std::size_t i = 0; i < a.n; i += kGroup) {
-      prefetch_group<sizeof(std::uint16_t)>(a, i);
+      prefetch_group<sizeof(std::uint16_t)>(a, i, update.prefetch_bytes);
 #pragma GCC unroll 2
       for (std::size_t j = i; j < i + kGroup; j += 2 * V::kLanes) {
         V state[2][kStates + 1];  // no array of none
@@ -185,7 +187,7 @@ struct NarrowLoop {
         largest[k] = Int::broadcast(0);
       });
       for (std::size_t i = 0; i < kQuantBlock; i += kGroup) {
-        prefetch_group<1>(a, block + i);
+        prefetch_group<1>(a, block + i, update.prefetch_bytes);
         V group[kStates + 1][4];
         for_each_state<kStates>([&](auto k) {
           decoder[k].template decode<!Rule::is_unsigned(k)>(

@@ -19,20 +19,14 @@ struct FloatArrays {
   std::size_t n;
 };
 
-// How far ahead of the loads lines are requested, in bytes of each array: the CPU's own prefetcher
-// stops at the end of a page. On a Sapphire Rapids core with pages of 4 KiB AdamW with 8-bit states
-// takes 48 ms for 100M elements without it, 38.0 with 1 KiB, 37.5 with 2 KiB and 41 with 3 KiB. (A
-// load of the next page's first byte in place of a hint gains a little there, but loses an eighth
-// with huge pages.)
-inline constexpr std::size_t kPrefetchBytes = 2048;
 inline constexpr std::size_t kLineBytes = 64;
 
-// The lines of the kSize bytes that lie that far after `from`. They may lie past the end of the
-// array: it is a hint and is not dereferenced. (Always inlined: see CONTRIBUTING.md on instruction
-// sets.)
+// Requests the lines of the kSize bytes that lie `ahead` bytes after `from`. They may lie past the
+// end of the array: it is a hint and is not dereferenced. (Always inlined: see CONTRIBUTING.md on
+// instruction sets.)
 template <std::size_t kSize>
-[[gnu::always_inline]] inline void prefetch(const void* from) {
-  const auto address = reinterpret_cast<std::uintptr_t>(from) + kPrefetchBytes;
+[[gnu::always_inline]] inline void prefetch(const void* from, std::size_t ahead) {
+  const auto address = reinterpret_cast<std::uintptr_t>(from) + ahead;
   for (std::size_t line = 0; line < kSize; line += kLineBytes) {
     __builtin_prefetch(reinterpret_cast<const void*>(address + line));
   }
@@ -47,6 +41,7 @@ struct RuleLoop {
         weight_decay(V::broadcast(s.weight_decay)),
         factors(s.factors),
         factor_count(s.factor_count),
+        prefetch_bytes(s.prefetch_bytes),
         maximize(s.maximize),
         decays_grad(s.decays_grad) {}
 
@@ -66,14 +61,15 @@ struct RuleLoop {
 
   void run(const FloatArrays& a) const {
     constexpr std::size_t kBytes = V::kLanes * sizeof(float);
+    const std::size_t ahead = prefetch_bytes;
     std::size_t i = 0;
     V state[kStates + 1];  // no array of none
     for (; a.n - i >= V::kLanes; i += V::kLanes) {
-      prefetch<kBytes>(a.param + i);
-      prefetch<kBytes>(a.grad + i);
+      prefetch<kBytes>(a.param + i, ahead);
+      prefetch<kBytes>(a.grad + i, ahead);
       V p = V::load(a.param + i);
       for (std::size_t k = 0; k < kStates; ++k) {
-        prefetch<kBytes>(a.state[k] + i);
+        prefetch<kBytes>(a.state[k] + i, ahead);
         state[k] = V::load(a.state[k] + i);
       }
       step(p, V::load(a.grad + i), state);
@@ -93,6 +89,7 @@ struct RuleLoop {
   V weight_decay;
   const float* factors;
   std::size_t factor_count;
+  std::size_t prefetch_bytes;
   bool maximize;
   bool decays_grad;
 };

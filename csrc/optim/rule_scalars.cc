@@ -2,6 +2,8 @@
 
 #include <cmath>
 
+#include "base/cpu_features.h"
+
 namespace offload::update_internal {
 namespace {
 
@@ -10,6 +12,16 @@ namespace {
 double python_pow(double base, double exponent) {
   const volatile double hidden = exponent;
   return std::pow(base, hidden);
+}
+
+// The CPU's own prefetcher stops at the end of a page. On a Sapphire Rapids core with pages of 4
+// KiB AdamW with 8-bit states takes 48 ms for 100M elements without ours, 38.0 with 1 KiB, 37.5
+// with 2 KiB and 41 with 3 KiB. (A load of the next page's first byte in place of a hint gains a
+// little there, but loses an eighth with huge pages.) On two Zen 4 cores fp32 AdamW takes 34.9 ms
+// without, 33.4 with 512 bytes, 36.8 with 1 KiB and 37.7 with 2 KiB, and narrow states take the
+// same with all.
+std::size_t prefetch_distance() {
+  return cpu_features().amd ? 512 : 2048;
 }
 
 void set_lerp(RuleScalars& s, double weight) {
@@ -52,6 +64,7 @@ RuleScalars make_scalars(const RuleHyper& hyper, GradFactors factors, bool fused
   s.factors = factors.values;
   s.factor_count = factors.count;
   s.unscale = hyper.unscale;
+  s.prefetch_bytes = prefetch_distance();
   const bool decoupled = hyper.rule == Rule::kAdamW || hyper.rule == Rule::kLion;
   if (hyper.weight_decay != 0.0 && decoupled) {
     s.param_decay = static_cast<float>(1.0 - hyper.lr * hyper.weight_decay);

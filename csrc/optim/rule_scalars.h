@@ -58,6 +58,7 @@ struct RuleScalars {
   const float* factors;
   std::size_t factor_count;
   float unscale;
+  std::size_t prefetch_bytes;  // see prefetch() in rule_loop_simd.h
 };
 
 [[nodiscard]] RuleScalars make_scalars(const RuleHyper& hyper, GradFactors factors, bool fused);

@@ -58,7 +58,7 @@ struct SimdUpdate {
                           std::size_t n) {
     std::size_t i = 0;
     for (; n - i >= V::kLanes; i += V::kLanes) {
-      prefetch<V::kLanes * sizeof(from[0])>(from + i);
+      prefetch<V::kLanes * sizeof(from[0])>(from + i, s.prefetch_bytes);
       V::store(to + i, widen_grad<kType>(s, from + i));
     }
     if (i == n) return;

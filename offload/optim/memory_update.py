@@ -55,7 +55,7 @@ class MemoryUpdater:
                     operands.numel,
                     isa,
                 )
-        for transfer in transfers:
+        for transfer in reversed(transfers):  # to be woken once, and not for each
             transfer.wait()
         for _, operands in placed:
             operands.publish()
