@@ -248,8 +248,8 @@ class DeviceArena:
     def allocate(self, nbytes: int, label: str = "") -> DeviceLease:
         """Return a lease; raises BudgetError when no free range is long enough."""
 
-    def allocate_at(self, offset: int, nbytes: int, label: str = "") -> DeviceLease:
-        """Return a lease of a planned range; raises BudgetError when it is in use."""
+    def try_allocate_at(self, offset: int, nbytes: int, label: str = "") -> DeviceLease | None:
+        """Return a lease of a planned range, or None when a part of it is in use or outside."""
 
     @property
     def device(self) -> Device: ...

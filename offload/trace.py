@@ -9,6 +9,7 @@ last one.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
@@ -43,6 +44,9 @@ class AccessTrace:
         self._after_one: dict[Use, int] = {}
         self._after_two: dict[tuple[Use, Use], int] = {}
         self._pass_starts: list[int] = []
+        self._passes = 0  # of this step so far
+        self._passes_before: int | None = None  # of the step before
+        self._step_ends = False
         self.recorded = 0
         self.mispredicted = 0
 
@@ -50,6 +54,14 @@ class AccessTrace:
         """The next use is the first of a pass: an outermost forward, and its backward if any."""
         if not self._pass_starts or self._pass_starts[-1] != len(self._history):
             self._pass_starts.append(len(self._history))
+        if self._step_ends:
+            self._passes_before, self._passes = self._passes, 0
+            self._step_ends = False
+        self._passes += 1
+
+    def end_step(self) -> None:
+        """An optimizer has begun updates: the next pass is of another step."""
+        self._step_ends = True
 
     def last_training_pass(self) -> list[Use] | None:
         """Return the uses of the last whole pass that had a backward; None: there was none."""
@@ -99,6 +111,26 @@ class AccessTrace:
             return
         for step in range(limit):
             yield history[first + step % period]
+
+    def in_step(self, limit: int) -> int:
+        """Return how many of the `limit` uses that future() yields come before the next step.
+
+        It is taken to have as many passes as the step before; where there was none, it never ends.
+        """
+        if self._step_ends:  # what is coming is another step
+            left = self._passes + 1
+        elif self._passes_before is None:
+            return limit
+        else:
+            left = max(1, self._passes_before - self._passes + 1)
+        starts, end = self._pass_starts, len(self._history)
+        first = end if self._cursor is None else self._cursor + 1
+        earliest = bisect_left(starts, first)
+        inside = [start - first for start in starts[earliest : earliest + left] if start < end]
+        if not inside:
+            return limit
+        around, index = divmod(left - 1, len(inside))
+        return min(limit, around * (end - first) + inside[index])
 
     def _expected(self) -> int | None:
         """Index in the history of the use that is predicted next."""

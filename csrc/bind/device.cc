@@ -334,9 +334,14 @@ void bind_device_memory(py::module_& m) {
           },
           py::arg("nbytes"), py::arg("label") = "")
       .def(
-          "allocate_at",
+          "try_allocate_at",
           [](DeviceArena& arena, std::uint64_t offset, std::uint64_t nbytes,
-             const std::string& label) { return take(arena.allocate_at(offset, nbytes, label)); },
+             const std::string& label) -> std::shared_ptr<DeviceLease> {
+            Result<std::shared_ptr<DeviceLease>> lease = arena.allocate_at(offset, nbytes, label);
+            if (lease.is_ok()) return lease.take();
+            if (lease.status().code() == Code::kBudget) return nullptr;
+            raise(lease.status());
+          },
           py::arg("offset"), py::arg("nbytes"), py::arg("label") = "")
       .def_property_readonly("device", [](const DeviceArena& arena) { return arena.device(); })
       .def("usage", [](const DeviceArena& arena) {

@@ -142,6 +142,7 @@ Result<std::shared_ptr<DeviceLease>> DeviceArena::allocate_at(std::uint64_t offs
                                              std::to_string(kLeaseBytes) + " bytes, not at " +
                                              std::to_string(offset));
   }
+  OFFLOAD_RETURN_IF_ERROR(device_->check_owner("device lease"));
   const std::uint64_t need = lease_bytes(nbytes);
   std::lock_guard<std::mutex> lock(mutex_);
   if (!free_.take_at(offset, need)) {

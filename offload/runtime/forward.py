@@ -86,7 +86,7 @@ class ForwardHooks:
         if self._is_stale(module):
             self.reset()
         if not context.scopes.mine and torch._C._current_graph_task_id() == -1:
-            context.prefetcher.trace.begin_pass()
+            context.prefetcher.begin_pass()
             if torch.is_grad_enabled():
                 self._trainer = threading.current_thread()
             self.on_pass()

@@ -262,6 +262,12 @@ class WrappedModel:
             notes = (*notes, *self.context.weight_files.notes)
         if self._update_note:
             notes = (*notes, self._update_note)
+        if self.context.device is not None:
+            places = self.context.device.places
+            found = (
+                f"{places.planned} copies to planned places, {places.searched} to where was room"
+            )
+            notes = (*notes, f"device: {found}")
         if self.context.device_units:
             notes = (*notes, self._where_updates_ran())
         return (*notes, *(self._choice.notes() if self._choice is not None else ()))

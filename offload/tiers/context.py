@@ -283,6 +283,7 @@ class RuntimeContext:
         # Operators that another thread runs on the parameters must not lose them: they stay
         # attached, and the update is done at once. Some of the new values may be seen there.
         held_elsewhere = unit.attached and self.scopes.others_hold(unit)
+        self.prefetcher.end_step()
         if not held_elsewhere:
             self.detach(unit)
             on_device = self.updates.on_device if unit.index in self.device_units else None

@@ -13,8 +13,10 @@ Protocol of a copy:
     and the copy, which is not current any more, is dropped.
  4. a copy that nobody holds, by a lock on its slab, is dropped when its place is needed, the one
     needed farthest in the future first. Tensors on it keep its memory for as long as they live.
-Slabs of units that are in use while others come and go have a place of their own (home), so that
-they do not fragment the ring.
+Slabs of units that are in use while others come and go have a place of their own (home). Once a
+step has been recorded, the others have places in the ring, planned so that little has to be copied
+again (device_places.py): who is there when a copy comes is dropped. A copy whose place is in use,
+or that has none, goes to where there is room, after 4.
 """
 
 from __future__ import annotations
@@ -23,12 +25,13 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 
-import torch
-
 from offload import _native
 from offload.errors import BudgetError, OffloadError
+from offload.planner.device_offsets import rounded
 from offload.tiers.compute_device import ComputeDevice
-from offload.tiers.eviction import NEVER
+from offload.tiers.device_copy import DeviceCopy
+from offload.tiers.device_places import DevicePlaces
+from offload.tiers.eviction import NEVER, no_room_there
 from offload.tiers.mover import Mover
 from offload.tiers.slab import Residency, Slab
 
@@ -36,36 +39,12 @@ COPY = "copy to the device"
 """Under which waiting for one from host memory is counted."""
 
 
-class DeviceCopy:
-    """A slab's bytes on the device.
-
-    Attributes:
-        lease: their memory.
-        arrival: the copy to the device that the compute stream does not wait for yet.
-        departure: the copy to the host that it does not wait for yet, before it changes the bytes.
-        ahead: the copy is newer than the host slab.
-    """
-
-    def __init__(self, compute: ComputeDevice, lease: _native.DeviceLease) -> None:
-        """Hold nothing yet."""
-        self._compute = compute
-        self.lease = lease
-        self.arrival: _native.DeviceTransfer | None = None
-        self.departure: _native.DeviceTransfer | None = None
-        self.ahead = False
-
-    def view(
-        self, offset: int, shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype
-    ) -> torch.Tensor:
-        """Return a tensor over the copy, as ``Slab.view`` does: a use by the compute stream."""
-        return self._compute.tensor(self.lease, offset, shape, stride, dtype)
-
-
 class DeviceTier:
     """The device memory of one wrapped model. Not thread-safe: the owner serialises.
 
     Attributes:
         device: the core's.
+        places: where in the ring the copies go.
         next_use: position of each slab's next use among the predicted uses.
         held: slabs whose copies an update is about to use.
         relieve: makes a user of memory let go; False when there is none.
@@ -83,6 +62,7 @@ class DeviceTier:
         self.device = compute.native
         self.home = home
         self.ring = ring
+        self.places = DevicePlaces(ring.usage()["budget"])
         self.next_use: dict[Slab, int] = {}
         self.held: set[Slab] = set()
         self.relieve: Callable[[], bool] = lambda: False
@@ -93,12 +73,23 @@ class DeviceTier:
         """Copies to the device that may still read host memory, oldest first."""
         self._leaving: list[tuple[Slab, _native.DeviceTransfer]] = []
         """Copies given up while they were read from disk: they keep the memory until then."""
-        self._at_home: set[Slab] = set()
+        self._at_home: dict[Slab, int] = {}
+        """Where in the home they are."""
+        self._home_bytes = 0
         mover.readers = self
 
     def keep_at_home(self, slab: Slab) -> None:
         """Give `slab` its place in the home whenever it is copied."""
-        self._at_home.add(slab)
+        self._at_home[slab] = self._home_bytes
+        self._home_bytes += rounded(slab.nbytes)
+
+    def begin_pass(self) -> None:
+        """An outermost forward begins: what is in another place than planned is given up."""
+        self.places.begin_pass()
+        for slab, copy in list(self._copies.items()):
+            place = self.places.place_of(slab)
+            if place is not None and place != copy.lease.offset and self._may_go(slab, copy):
+                self._give_up(slab)
 
     # -- to the device ----------------------------------------------------------------------------
 
@@ -124,6 +115,7 @@ class DeviceTier:
             self._compute.follow()
             lease.acquire("compute")
             self._copies[slab] = DeviceCopy(self._compute, lease)
+            self._note_use(slab, made=True)
         else:
             self._mover.fetch(slab)
             self._start(slab, lease)
@@ -137,6 +129,7 @@ class DeviceTier:
             change: the stream may change it.
         """
         copy = self._copies[slab]
+        self._note_use(slab)
         self._compute.follow()
         if copy.arrival is not None:
             try:
@@ -188,7 +181,13 @@ class DeviceTier:
             self._copies[slab] = DeviceCopy(self._compute, self._take(slab))
             self._compute.follow()
             self._copies[slab].lease.acquire("compute")
+        self._note_use(slab, made=True)
         return self.ready(slab)
+
+    def _note_use(self, slab: Slab, made: bool = False) -> None:
+        if slab not in self._at_home:
+            in_use = (s for s, c in self._copies.items() if not self._may_go(s, c))
+            self.places.note_use(slab, (s for s in in_use if s not in self._at_home), made)
 
     def copy_of(self, slab: Slab) -> DeviceCopy | None:
         """Return the copy of `slab`, if there is one."""
@@ -269,6 +268,7 @@ class DeviceTier:
     def drop(self, slab: Slab) -> None:
         """Give up the copy of `slab`, if any: it is not current any more, or not needed."""
         self._copies.pop(slab, None)
+        self.places.note_change(slab)
 
     # -- changes of the host slab -----------------------------------------------------------------
 
@@ -307,13 +307,20 @@ class DeviceTier:
             if lease is not None:
                 return lease
             if not self.relieve():
-                raise self._no_room(slab)
+                raise no_room_there(slab, self._copies, self.ring)
 
     def _try_take(self, slab: Slab, farther_than: int | None) -> _native.DeviceLease | None:
-        arena = self.home if slab in self._at_home and self.home is not None else self.ring
+        arena, place = self.ring, self.places.place_of(slab)
+        if slab in self._at_home and self.home is not None:
+            arena, place = self.home, self._at_home[slab]
+        if place is not None:
+            lease = self._take_place(slab, arena, place, farther_than)
+            if lease is not None or farther_than is not None:
+                return lease
         while True:
             lease = arena.try_allocate(slab.nbytes, slab.name)
             if lease is not None:
+                self.places.searched += 1
                 return lease
             victim = self._victim(farther_than)
             if victim is not None:
@@ -322,6 +329,36 @@ class DeviceTier:
                 self._wait_stream(*self._leaving.pop(0), "h2d")
             else:
                 return None
+
+    def _take_place(
+        self, slab: Slab, arena: _native.DeviceArena, place: int, farther_than: int | None
+    ) -> _native.DeviceLease | None:
+        """Return its place in `arena`, dropping what is there; None: that is in use, or needed."""
+        if farther_than is not None and not self.places.is_free_until(slab, farther_than):
+            return None
+        lease = arena.try_allocate_at(place, slab.nbytes, slab.name)
+        if lease is None and arena is self.ring and self._clear_place(slab, place, farther_than):
+            lease = arena.try_allocate_at(place, slab.nbytes, slab.name)
+        if lease is not None:
+            self.places.planned += 1
+        return lease
+
+    def _clear_place(self, slab: Slab, place: int, farther_than: int | None) -> bool:
+        """Give up the copies that are in the place of `slab`, if all of them may go."""
+        end = place + rounded(slab.nbytes)
+        there = []
+        for other, copy in self._copies.items():
+            lease = copy.lease
+            if lease.offset >= end or lease.offset + lease.nbytes <= place:
+                continue
+            if other in self._at_home:
+                continue
+            if not self._may_go(other, copy, farther_than):
+                return False
+            there.append(other)
+        for other in there:
+            self._give_up(other)
+        return True
 
     def _give_up(self, slab: Slab) -> None:
         self._leaving = [left for left in self._leaving if not left[1].issued()]
@@ -335,28 +372,20 @@ class DeviceTier:
             if not (slab.locks or copy.ahead or slab in self._at_home):
                 self._give_up(slab)
 
+    def _may_go(self, slab: Slab, copy: DeviceCopy, farther_than: int | None = None) -> bool:
+        """Whether nobody holds the copy, and it is needed after use number `farther_than`."""
+        if slab.locks or copy.ahead or slab in self._at_home or slab in self.held:
+            return False
+        if farther_than is None:
+            return True
+        if copy.arrival is not None and not copy.arrival.issued():
+            return False  # it keeps the memory until it has been read
+        return self.next_use.get(slab, NEVER) > farther_than
+
     def _victim(self, farther_than: int | None) -> Slab | None:
         """The slab whose copy to give up: held by nobody, not ahead, needed last."""
-        best, best_use = None, -1 if farther_than is None else farther_than
-        for slab, copy in self._copies.items():
-            if slab.locks or copy.ahead or slab in self._at_home or slab in self.held:
-                continue
-            if farther_than is not None and copy.arrival is not None and not copy.arrival.issued():
-                continue  # it keeps the memory until it has been read
-            use = self.next_use.get(slab, NEVER)
-            if use > best_use:
-                best, best_use = slab, use
-        return best
-
-    def _no_room(self, slab: Slab) -> BudgetError:
-        usage = self.ring.usage()
-        held = [f"{s.name} ({s.nbytes} bytes)" for s in self._copies if s.locks]
-        return BudgetError(
-            f"no room for {slab.name} on the device: {slab.nbytes} bytes are needed, of "
-            f"{usage['budget']} bytes {usage['budget'] - usage['in_use']} are free (longest range "
-            f"{usage['largest_free']}); in use at this moment: {', '.join(held) or 'nothing'}; "
-            "raise Budget(device=...)"
-        )
+        may_go = [s for s, copy in self._copies.items() if self._may_go(s, copy, farther_than)]
+        return max(may_go, key=lambda slab: self.next_use.get(slab, NEVER), default=None)
 
     def check_room(self, slabs: Sequence[Slab], what: str) -> None:
         """Raise BudgetError when `slabs` can never be on the device together."""
@@ -380,6 +409,8 @@ class DeviceTier:
             "to_device_bytes": stats["h2d_bytes"],
             "to_host_bytes": stats["d2h_bytes"],
             "device_host_waits": stats["host_waits"],
+            "device_planned": self.places.planned,
+            "device_searched": self.places.searched,
         }
 
     def close(self) -> None:

@@ -18,7 +18,8 @@ import torch
 
 from offload import _native
 from offload.errors import BudgetError
-from offload.tiers.device_tier import DeviceCopy, DeviceTier
+from offload.tiers.device_copy import DeviceCopy
+from offload.tiers.device_tier import DeviceTier
 from offload.tiers.slab import Residency, Slab
 from offload.tiers.update_job import UpdateJob
 

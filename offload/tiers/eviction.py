@@ -63,3 +63,15 @@ def no_room(slab: Slab, slabs: Iterable[Slab], ring: _native.HostArena | None) -
         f"(longest range {usage.get('largest_free', 0)}); in use at this moment: "
         f"{', '.join(held) or 'nothing'}; raise Budget(host=...)"
     )
+
+
+def no_room_there(slab: Slab, slabs: Iterable[Slab], ring: _native.DeviceArena) -> BudgetError:
+    """Return the error that says why `slab` cannot be on a device beside `slabs`, which are."""
+    usage = ring.usage()
+    held = [f"{s.name} ({s.nbytes} bytes)" for s in slabs if s.locks]
+    return BudgetError(
+        f"no room for {slab.name} on the device: {slab.nbytes} bytes are needed, of "
+        f"{usage['budget']} bytes {usage['budget'] - usage['in_use']} are free (longest range "
+        f"{usage['largest_free']}); in use at this moment: {', '.join(held) or 'nothing'}; "
+        "raise Budget(device=...)"
+    )

@@ -45,9 +45,23 @@ class Prefetcher:
         """Let `unit`, whose index is the next one, be used."""
         self._units.append(unit)
 
+    def begin_pass(self) -> None:
+        """The next use is the first of a pass: an outermost forward, and its backward if any."""
+        self.trace.begin_pass()
+        if self._device is not None:
+            self._device.begin_pass()
+
+    def end_step(self) -> None:
+        """An optimizer has begun an update: the next pass is of another step."""
+        self.trace.end_step()
+        if self._device is not None:
+            self._device.places.end_step()
+
     def advance(self, use: Use) -> None:
         """Record a use, and start reading what the next ones need."""
         self.trace.record(use)
+        if self._device is not None:
+            self._device.places.begin_use(use.phase is Phase.BACKWARD)
         if self._streams or self._updates.waiting:
             self._look_ahead()
 
@@ -99,13 +113,21 @@ class Prefetcher:
     def _look_ahead_on(self, device: DeviceTier) -> None:
         """Start copying to the device what the next uses, and updates before them, need."""
         device.next_use, wanted = {}, []
+        needs, in_step = self._in_use(device), self.trace.in_step(LOOKAHEAD)
         for position, use in enumerate(self.trace.future(LOOKAHEAD)):
             unit = self._units[use.unit]
             update = self._updates.for_device(unit)
             for slab in update or [unit.param_slab]:
+                if not device.places.is_used(slab, use.phase is Phase.BACKWARD):
+                    continue
+                needs.setdefault(slab, position)
+                if position >= in_step and device.places.is_replaced(slab):
+                    continue  # what is copied now would be worth nothing then
                 if slab not in device.next_use:
                     device.next_use[slab] = position
                     wanted.append((unit, slab, bool(update)))
+            if use.phase is Phase.BACKWARD and unit.grad_slab is not None:
+                needs.setdefault(unit.grad_slab, position)  # made there
         room = device.ring.usage()["budget"] - 2 * self._largest
         for unit, slab, is_update in wanted:
             room -= slab.nbytes
@@ -113,6 +135,18 @@ class Prefetcher:
                 break
             if not device.prefetch(slab, device.next_use[slab]):
                 break
+
+    def _in_use(self, device: DeviceTier) -> dict[Slab, int]:
+        """Have the tier keep the places of what the current uses need; more needs are added."""
+        needs: dict[Slab, int] = {}
+        for unit in self._units:
+            slabs = [unit.param_slab, *self._updates.for_device(unit)]
+            if unit.in_backward and unit.grad_slab is not None:
+                slabs.append(unit.grad_slab)
+            if unit.param_slab.locks:
+                needs.update(dict.fromkeys(slabs, -1))
+        device.places.needs = needs
+        return needs
 
     def _bring(self, unit: Unit, slab: Slab, use: int, phase: Phase) -> bool:
         """Start what makes `slab` ready for use number `use`; False when there is no room.

@@ -166,7 +166,7 @@ class Updates:
     def _submit(self, unit: Unit) -> None:
         if self._device is not None:  # to be changed here
             self._device.send(self._waiting[unit].grads, to_disk=False)
-            for slab in self._waiting[unit].state:
+            for slab in (self._waiting[unit].grads, *self._waiting[unit].state):
                 self._device.drop(slab)
         for slab in unit.update_slabs:
             self._mover.settle(slab)

@@ -200,3 +200,28 @@ def test_a_pass_is_found_after_the_older_half_was_forgotten() -> None:
         trace.begin_pass()
         record(trace, micro_batch([0, 1, 2]))
     assert trace.last_training_pass() == micro_batch([0, 1, 2])
+
+
+def test_the_end_of_a_step_is_foreseen_from_the_passes_of_the_one_before() -> None:
+    trace = AccessTrace()
+    uses = micro_batch(range(2))
+    left = []
+    for _ in range(3):
+        for _ in range(2):
+            trace.begin_pass()
+            for use in uses:
+                trace.record(use)
+                left.append(trace.in_step(9))
+        trace.end_step()
+        assert trace.in_step(9) == 8  # the uses to come are of the step after
+        assert trace.in_step(5) == 5
+    assert left == [9] * 8 + [7, 6, 5, 4, 3, 2, 1, 0] * 2
+
+
+def test_without_an_optimizer_no_step_ends() -> None:
+    trace = AccessTrace()
+    assert trace.in_step(5) == 5
+    for _ in range(3):
+        trace.begin_pass()
+        record(trace, forward(range(3)))
+        assert trace.in_step(5) == 5

@@ -153,10 +153,12 @@ def test_errors_name_the_thing_and_the_limit(setup: Setup) -> None:
         _native.simulated_device(MIB, pace="slow")  # type: ignore[arg-type]
     with pytest.raises(AttributeError):
         _ = lease.view().__cuda_array_interface__
-    planned = setup.arena.allocate_at(MIB, 1024, "planned")
+    planned = setup.arena.try_allocate_at(MIB, 1024, "planned")
+    assert planned is not None
     assert (planned.offset, planned.nbytes, planned.label) == (MIB, 1024, "planned")
-    with pytest.raises(BudgetError, match="the planned range of 512 bytes at 1048576"):
-        setup.arena.allocate_at(MIB, 512)
+    assert setup.arena.try_allocate_at(MIB + 512, 512) is None
+    with pytest.raises(OffloadError, match="starts at a multiple of 512 bytes, not at 100"):
+        setup.arena.try_allocate_at(100, 512)
 
 
 def test_ctrl_c_ends_a_wait_and_nothing_is_lost() -> None:
