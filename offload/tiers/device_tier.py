@@ -69,6 +69,8 @@ class DeviceTier:
         next_use: position of each slab's next use among the predicted uses.
         held: slabs whose copies an update is about to use.
         relieve: makes a user of memory let go; False when there is none.
+        others: devices that copy from and to the same host memory.
+        name: of the device, for people.
     """
 
     def __init__(
@@ -86,6 +88,8 @@ class DeviceTier:
         self.next_use: dict[Slab, int] = {}
         self.held: set[Slab] = set()
         self.relieve: Callable[[], bool] = lambda: False
+        self.others: tuple[_native.Device, ...] = ()
+        self.name = compute.name
         self._mover = mover
         self._transfers = _native.DeviceTransfers(self.device)
         self._copies: dict[Slab, DeviceCopy] = {}
@@ -94,7 +98,6 @@ class DeviceTier:
         self._leaving: list[tuple[Slab, _native.DeviceTransfer]] = []
         """Copies given up while they were read from disk: they keep the memory until then."""
         self._at_home: set[Slab] = set()
-        mover.readers = self
 
     def keep_at_home(self, slab: Slab) -> None:
         """Give `slab` its place in the home whenever it is copied."""
@@ -197,6 +200,7 @@ class DeviceTier:
     def _start(self, slab: Slab, lease: _native.DeviceLease) -> None:
         if slab.lease is None:
             raise OffloadError(f"{slab.name} is not in host memory (internal error)")
+        self._announce(slab, slab.lease, "read")
         self._note(slab, lease, self._transfers.fetch(lease, slab.lease, slab.nbytes))
 
     def _start_from_disk(self, slab: Slab, lease: _native.DeviceLease, use: int) -> bool:
@@ -205,6 +209,7 @@ class DeviceTier:
             raise OffloadError(f"{slab.name} has no place on disk (internal error)")
 
         def start(via: _native.Lease) -> partial[_native.DeviceTransfer]:
+            self._announce(slab, via, "write")
             return partial(
                 self._transfers.fetch, lease, via, slab.nbytes, store=store, object=swap_object
             )
@@ -214,6 +219,15 @@ class DeviceTier:
             return False
         self._note(slab, lease, arrival)
         return True
+
+    def _announce(self, slab: Slab, lease: _native.Lease, access: _native.Access) -> None:
+        """Tell the checkers of other devices what this one is about to do with host memory.
+
+        What they do with it must be known by the host to be over: no stream of theirs waits for
+        one of this device.
+        """
+        for device in self.others:
+            device.use_host(lease, access, slab.name)
 
     def _note(
         self, slab: Slab, lease: _native.DeviceLease, arrival: _native.DeviceTransfer
@@ -251,6 +265,7 @@ class DeviceTier:
         store, swap_object = (self._mover.store, slab.swap_object) if on_disk else (None, None)
 
         def start(via: _native.Lease) -> partial[_native.DeviceTransfer]:
+            self._announce(slab, via, "write")
             return partial(
                 self._transfers.spill,
                 copy.lease,
@@ -352,19 +367,19 @@ class DeviceTier:
         usage = self.ring.usage()
         held = [f"{s.name} ({s.nbytes} bytes)" for s in self._copies if s.locks]
         return BudgetError(
-            f"no room for {slab.name} on the device: {slab.nbytes} bytes are needed, of "
+            f"no room for {slab.name} on {self.name}: {slab.nbytes} bytes are needed, of "
             f"{usage['budget']} bytes {usage['budget'] - usage['in_use']} are free (longest range "
             f"{usage['largest_free']}); in use at this moment: {', '.join(held) or 'nothing'}; "
             "raise Budget(device=...)"
         )
 
     def check_room(self, slabs: Sequence[Slab], what: str) -> None:
-        """Raise BudgetError when `slabs` can never be on the device together."""
+        """Raise BudgetError when `slabs`, all used here, can never be on the device together."""
         needed = sum(slab.nbytes for slab in slabs if slab not in self._at_home)
         room = self.ring.usage()["budget"]
         if needed > room:
             raise BudgetError(
-                f"{what} cannot be on the device as a whole: its parameters need {needed} bytes, "
+                f"{what} cannot be on {self.name} as a whole: its parameters need {needed} bytes, "
                 f"and {room} of the device budget are for what comes and goes; materialize() one "
                 "of its modules at a time, or raise Budget(device=...)"
             )
