@@ -80,6 +80,8 @@ device-test: build $(VENV)/.stamp-dev
 	  tests/python/runtime tests/python/optim tests/python/parity
 	$(BIN)/python -m pytest --device simulated:latest --update device \
 	  tests/python/runtime tests/python/optim
+	$(BIN)/python -m pytest --device simulated:latest,simulated:latest \
+	  tests/python/runtime tests/python/parity
 
 # Offline, with the Python and the tools of the machine: see the script.
 OUT ?= build/gpu-test

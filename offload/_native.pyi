@@ -38,13 +38,16 @@ class HostArena:
     """All host memory of a wrapped model, under one hard budget."""
 
     def __init__(
-        self, budget: int, poison: bool = False, pin: Device | Literal["cuda"] | None = None
+        self,
+        budget: int,
+        poison: bool = False,
+        pin: Device | Sequence[Device] | Literal["cuda"] | None = None,
     ) -> None:
         """Reserve addresses for `budget` bytes; pages follow as they are first needed.
 
         With `poison`, memory is filled with 0xFF bytes when it is given back. With `pin`, it is
-        page-locked: for a Device, which may then copy from and to it, or for CUDA at large; raises
-        UnsupportedError where that cannot be.
+        page-locked: for one or several Devices of a kind, which may then copy from and to it, or
+        for CUDA at large; raises UnsupportedError where that cannot be.
         """
 
     def try_allocate(self, nbytes: int) -> Lease | None:

@@ -76,8 +76,8 @@ class Budget:
             keeps are not part of it.
         disk: bytes of the swap directory; None: what the filesystem has.
         device: bytes of the device's memory for parameters and gradients in use, and for optimizer
-            state where updates run there; refused while ``Policy.device`` is "cpu", where the
-            device is the host.
+            state where updates run there; of each device's, where there are several. Refused while
+            ``Policy.device`` is "cpu", where the device is the host.
     """
 
     host: int | str
@@ -120,7 +120,11 @@ class Policy:
             Inputs are the user's to move, updates are done on the host. "simulated" is a device
             without one, for tests of offload: memory apart from the host's, copies that are done
             late, and a check that nothing is used without waiting for it; "simulated:latest" ends
-            copies as late as CUDA may, "simulated:earliest" at once.
+            copies as late as CUDA may, "simulated:earliest" at once. A list, as
+            ``["cuda:0", "cuda:1"]``, shares the model out: each device gets a run of blocks that
+            follow each other, about as many bytes as the others, and each has all of
+            ``Budget(device=...)`` for them. What a block's forward is given is moved to its device;
+            what the model's returns, to that of its first input.
         swap_dir: directory on the disk to spill to; it must exist. Several directories, on disks of
             their own, are striped in proportion to their rates. None: nothing may be spilled, and
             a model that does not fit into the host budget is refused.
@@ -192,27 +196,12 @@ class Policy:
     def __post_init__(self) -> None:
         if not isinstance(self.budget, Budget):
             raise PolicyError(f"Policy(budget=...): expected a Budget, got {self.budget!r}")
-        device = self.device_name
-        if device not in ("cpu", *_SIMULATED) and not self.is_cuda:
-            raise PolicyError(
-                f'Policy(device={self.device!r}): expected "cpu", "cuda" or "cuda:N"; other '
-                "devices are not supported"
-            )
-        if device != "cpu" and self.budget.device is None:
-            raise PolicyError(
-                f"Policy(device={device!r}) needs Budget(device=...): the bytes of its memory "
-                "that offload may use"
-            )
-        if device == "cpu" and self.budget.device is not None:
-            raise PolicyError(
-                'Budget(device=...) has no meaning with Policy(device="cpu"): device and host are '
-                "the same memory; give Budget(host=...) alone"
-            )
+        self._check_devices()
         if self.update not in UPDATES:
             raise PolicyError(
                 f"Policy(update={self.update!r}): expected one of {', '.join(UPDATES)}"
             )
-        if self.update == "device" and self.device == "cpu":
+        if self.update == "device" and self.is_cpu:
             raise PolicyError(
                 'Policy(update="device") needs a device, and Policy(device="cpu") has none: give '
                 'update="cpu" or "auto"'
@@ -245,6 +234,33 @@ class Policy:
             )
         self._check_activations()
 
+    def _check_devices(self) -> None:
+        names = self.device_names
+        if not names:
+            raise PolicyError("Policy(device=[]): name a device")
+        what = f"Policy(device={(names[0] if len(names) == 1 else list(names))!r})"
+        for name in names:
+            if name not in ("cpu", *_SIMULATED) and _CUDA.fullmatch(name) is None:
+                raise PolicyError(
+                    f'{what}: expected "cpu", "cuda" or "cuda:N"; other devices are not supported'
+                )
+        if len(names) > 1 and not (self.is_cuda or all(name in _SIMULATED for name in names)):
+            raise PolicyError(
+                f"{what}: several devices must all be CUDA devices, or all simulated ones"
+            )
+        twice = [name for name in names if names.count(name) > 1]
+        if self.is_cuda and twice:
+            raise PolicyError(f"{what}: {twice[0]!r} is named twice")
+        if not self.is_cpu and self.budget.device is None:
+            raise PolicyError(
+                f"{what} needs Budget(device=...): the bytes of its memory that offload may use"
+            )
+        if self.is_cpu and self.budget.device is not None:
+            raise PolicyError(
+                'Budget(device=...) has no meaning with Policy(device="cpu"): device and host are '
+                "the same memory; give Budget(host=...) alone"
+            )
+
     def _check_activations(self) -> None:
         if self.activations not in ACTIVATIONS:
             raise PolicyError(
@@ -276,19 +292,26 @@ class Policy:
             )
 
     @property
-    def device_name(self) -> str:
-        """``device`` as a string, as torch prints it."""
-        return str(self.device)
+    def device_names(self) -> tuple[str, ...]:
+        """The devices as strings, as torch prints them; one, unless ``device`` is a list."""
+        if isinstance(self.device, list | tuple):
+            return tuple(str(device) for device in self.device)
+        return (str(self.device),)
+
+    @property
+    def is_cpu(self) -> bool:
+        """Whether the compute is in host memory."""
+        return self.device_names == ("cpu",)
 
     @property
     def is_cuda(self) -> bool:
-        """Whether the compute is on a CUDA device."""
-        return _CUDA.fullmatch(self.device_name) is not None
+        """Whether the compute is on CUDA devices."""
+        return all(_CUDA.fullmatch(name) is not None for name in self.device_names)
 
     @property
-    def pace(self) -> Pace | None:
-        """When a simulated device ends its copies; None: there is no such device."""
-        return _SIMULATED.get(self.device_name)
+    def paces(self) -> tuple[Pace, ...]:
+        """When each simulated device ends its copies; none: there are no such devices."""
+        return tuple(_SIMULATED[name] for name in self.device_names if name in _SIMULATED)
 
     @property
     def moves_activations(self) -> bool:
@@ -314,7 +337,7 @@ class Policy:
         """Bytes above which an automatically found unit is split."""
         if self.max_unit_bytes is not None:
             return parse_bytes(self.max_unit_bytes, "Policy(max_unit_bytes=...)")
-        if self.device_name == "cpu":
+        if self.is_cpu:
             return self.budget.host_bytes // 24
         share = 6 if self.update == "cpu" else 16
         return min(self.budget.host_bytes // 24, self.budget.device_bytes // share)

@@ -7,6 +7,7 @@
 #include <optional>
 #include <string>
 #include <variant>
+#include <vector>
 
 #include "base/crc32c.h"
 #include "bind/bindings.h"
@@ -20,16 +21,23 @@ namespace py = pybind11;
 namespace offload::bind {
 namespace {
 
-using Pin = std::optional<std::variant<std::shared_ptr<Device>, std::string>>;
+using Devices = std::vector<std::shared_ptr<Device>>;
+using Pin = std::optional<std::variant<std::shared_ptr<Device>, Devices, std::string>>;
+
+Devices devices_of(const Pin& pin) {
+  if (!pin.has_value()) return {};
+  if (const auto* device = std::get_if<std::shared_ptr<Device>>(&*pin)) return {*device};
+  const auto* devices = std::get_if<Devices>(&*pin);
+  return devices != nullptr ? *devices : Devices{};
+}
 
 std::shared_ptr<MemoryRegistrar> registrar_for(const Pin& pin) {
-  if (!pin.has_value()) return nullptr;
-  if (const auto* device = std::get_if<std::shared_ptr<Device>>(&*pin)) {
-    return (*device)->registrar();
-  }
-  const std::string& name = std::get<std::string>(*pin);
-  if (name == "cuda") return take(CudaRegistrar::create());
-  raise(Status::error(Code::kInvalid, "pin must be None, a Device or 'cuda', not '" + name + "'"));
+  const Devices devices = devices_of(pin);
+  if (!devices.empty()) return Device::registrar_of(devices);
+  const auto* name = pin.has_value() ? std::get_if<std::string>(&*pin) : nullptr;
+  if (name == nullptr) return nullptr;
+  if (*name == "cuda") return take(CudaRegistrar::create());
+  raise(Status::error(Code::kInvalid, "pin must be None, Devices or 'cuda', not '" + *name + "'"));
 }
 
 }  // namespace
@@ -59,8 +67,8 @@ void bind_memory(py::module_& m) {
              options.poison = poison;
              options.arena.registrar = registrar_for(pin);
              std::shared_ptr<HostMemory> memory = take(make_host_memory(budget, options));
-             if (pin.has_value() && std::holds_alternative<std::shared_ptr<Device>>(*pin)) {
-               std::get<std::shared_ptr<Device>>(*pin)->add_host_memory(memory);
+             for (const std::shared_ptr<Device>& device : devices_of(pin)) {
+               device->add_host_memory(memory);
              }
              return memory;
            }),

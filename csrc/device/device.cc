@@ -33,30 +33,54 @@ std::uint64_t next_device_id() {
 Device::Device(bool check)
     : id_(next_device_id()), checker_(check ? std::make_unique<OrderChecker>() : nullptr) {}
 
-// The device's own, which does not keep the device: an arena may outlive it.
+// That of one device or several, which does not keep them: an arena may outlive them.
 class Device::Registrar final : public MemoryRegistrar {
  public:
-  Registrar(std::weak_ptr<Device> device, std::shared_ptr<MemoryRegistrar> inner)
-      : device_(std::move(device)), inner_(std::move(inner)) {}
+  void add(const std::shared_ptr<Device>& device) {
+    devices_.push_back(device);
+    std::shared_ptr<MemoryRegistrar> inner = device->do_registrar();
+    if (std::find(inner_.begin(), inner_.end(), inner) == inner_.end()) {
+      inner_.push_back(std::move(inner));
+    }
+  }
 
   Status register_range(std::byte* base, std::uint64_t nbytes) override {
-    return inner_->register_range(base, nbytes);
+    for (std::size_t i = 0; i < inner_.size(); ++i) {
+      const Status registered = inner_[i]->register_range(base, nbytes);
+      if (registered.is_ok()) continue;
+      while (i > 0) OFFLOAD_RETURN_IF_ERROR(inner_[--i]->unregister_range(base, nbytes));
+      return registered;
+    }
+    return Status::ok();
   }
   Status unregister_range(std::byte* base, std::uint64_t nbytes) override {
-    const std::shared_ptr<Device> device = device_.lock();
-    if (device != nullptr && device->in_owner_process()) {
-      OFFLOAD_RETURN_IF_ERROR(device->do_drain());
+    for (const std::weak_ptr<Device>& each : devices_) {
+      const std::shared_ptr<Device> device = each.lock();
+      if (device != nullptr && device->in_owner_process()) {
+        OFFLOAD_RETURN_IF_ERROR(device->do_drain());
+      }
     }
-    return inner_->unregister_range(base, nbytes);
+    for (const std::shared_ptr<MemoryRegistrar>& inner : inner_) {
+      OFFLOAD_RETURN_IF_ERROR(inner->unregister_range(base, nbytes));
+    }
+    return Status::ok();
   }
 
  private:
-  const std::weak_ptr<Device> device_;
-  const std::shared_ptr<MemoryRegistrar> inner_;
+  std::vector<std::weak_ptr<Device>> devices_;
+  std::vector<std::shared_ptr<MemoryRegistrar>> inner_;  // each of them once
 };
 
 std::shared_ptr<MemoryRegistrar> Device::registrar() {
-  return std::make_shared<Registrar>(weak_from_this(), do_registrar());
+  const std::shared_ptr<Device> self = shared_from_this();
+  return registrar_of({&self, 1});
+}
+
+std::shared_ptr<MemoryRegistrar> Device::registrar_of(
+    std::span<const std::shared_ptr<Device>> devices) {
+  auto registrar = std::make_shared<Registrar>();
+  for (const std::shared_ptr<Device>& device : devices) registrar->add(device);
+  return registrar;
 }
 
 Status Device::check_owner(const char* op) const {

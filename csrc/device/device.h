@@ -76,6 +76,9 @@ class Device : public std::enable_shared_from_this<Device> {
   // Page-locks arenas for this device. Before a range is unregistered, all copies are waited for:
   // an arena may go while some are in flight.
   std::shared_ptr<MemoryRegistrar> registrar();
+  // The same for all of `devices`, of one kind: an arena that copies of each of them may name.
+  static std::shared_ptr<MemoryRegistrar> registrar_of(
+      std::span<const std::shared_ptr<Device>> devices);
 
   Result<MemoryInfo> memory_info();
   // The device's own memory; kNoMemory when there is not as much.
@@ -164,6 +167,7 @@ class Device : public std::enable_shared_from_this<Device> {
   explicit Device(bool check);
 
   // What derived classes do. Of those under the submission lock (*) no two run at once.
+  // Devices that return the same one share what it registers.
   virtual std::shared_ptr<MemoryRegistrar> do_registrar() const = 0;
   virtual Result<MemoryInfo> do_memory_info() = 0;                    // *
   virtual Result<std::byte*> do_allocate(std::uint64_t nbytes) = 0;   // *

@@ -1,5 +1,7 @@
 #include "mem/cuda_registrar.h"
 
+#include <mutex>
+
 #include "cuda/host_registration.h"
 
 namespace offload {
@@ -7,7 +9,12 @@ namespace offload {
 Result<std::shared_ptr<CudaRegistrar>> CudaRegistrar::create() {
   const Status usable = check_cuda_device();
   if (!usable.is_ok()) return usable.with_context("host memory cannot be page-locked for CUDA");
-  return std::shared_ptr<CudaRegistrar>(new CudaRegistrar());
+  static std::mutex mutex;
+  static std::weak_ptr<CudaRegistrar> made;
+  std::lock_guard<std::mutex> lock(mutex);
+  std::shared_ptr<CudaRegistrar> registrar = made.lock();
+  if (registrar == nullptr) made = registrar = std::shared_ptr<CudaRegistrar>(new CudaRegistrar());
+  return registrar;
 }
 
 Status CudaRegistrar::register_range(std::byte* base, std::uint64_t nbytes) {

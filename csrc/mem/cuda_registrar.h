@@ -1,4 +1,5 @@
-// CudaRegistrar: page-locks the memory of arenas for CUDA.
+// CudaRegistrar: page-locks the memory of arenas for CUDA, for all of the process's devices at
+// once: each device has the same one, since no range may be page-locked twice.
 //
 // Thread-safe.
 #pragma once

@@ -8,6 +8,7 @@ from offload.planner.activations import (
     choose_treatment,
 )
 from offload.planner.device import DevicePlan, place_on_device, smallest_device_budget
+from offload.planner.device_runs import device_runs
 from offload.planner.placement import SMALL_BYTES, place, smallest_budget
 from offload.planner.spec import DiskSpec, Placement, Plan, Traffic, UnitSpec
 from offload.planner.traffic import step_traffic
@@ -28,6 +29,7 @@ __all__ = [
     "UpdateSplit",
     "activation_share",
     "choose_treatment",
+    "device_runs",
     "place",
     "place_on_device",
     "smallest_budget",

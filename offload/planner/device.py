@@ -45,21 +45,23 @@ def smallest_device_budget(units: Sequence[UnitSpec], updates: bool = False) -> 
 
 
 def place_on_device(
-    units: Sequence[UnitSpec], budget_bytes: int, updates: bool = False
+    units: Sequence[UnitSpec], budget_bytes: int, updates: bool = False, name: str = ""
 ) -> DevicePlan:
     """Return how `budget_bytes` of device memory are used.
 
     Args:
-        units: all units of the model.
+        units: all units of the model that are used there.
         budget_bytes: of device memory.
         updates: there is to be room for updates on the device.
+        name: of the device, where there are several.
 
     Raises:
         BudgetError: the budget is too small; the message names the smallest that would do.
     """
     least = smallest_device_budget(units, updates)
     if budget_bytes < least:
-        what = "for this model with its updates on the device" if updates else "for this model"
+        what = f"for what {name} has of this model" if name else "for this model"
+        what += " with its updates on the device" if updates else ""
         raise BudgetError(
             f"Budget(device={budget_bytes}) is too small {what}: the smallest device "
             f"budget that would do is {least} bytes ({least / 2**20:.1f} MiB)"

@@ -22,6 +22,7 @@ class UnitSpec:
         frozen_masters: bytes of each fp32 value that is kept of a frozen parameter in 16 bits, in
             whole pages. No step uses them.
         in_file: its parameters, frozen, can be read from a file of their own and need no swap.
+        device: the number of the device where it is used.
     """
 
     name: str
@@ -31,6 +32,7 @@ class UnitSpec:
     element_bytes: int = 4
     frozen_masters: tuple[int, ...] = ()
     in_file: bool = False
+    device: int = 0
 
     @property
     def state_bytes(self) -> int:

@@ -1,6 +1,7 @@
 """Which units are updated on the CPU and which on the device: a pure function.
 
-The two work at once, so the step's updates take as long as the slower of them. A unit takes the CPU
+Both work at once, so the step's updates take as long as the slower of them; where there are several
+devices, each unit has one that it may go to, and the slowest counts. A unit takes the CPU
 its bytes at the CPU's rate. On the device the link to it, the link back and the kernel work at once
 too, each on another unit, and the slowest of them counts. Assigning jobs to two machines such that
 both end soonest is NP-hard (a partition); here each unit, in the order of the model, goes where it
@@ -39,7 +40,7 @@ class UpdateSplit:
 
     Attributes:
         on_device: indices of those on the device; the others are on the CPU.
-        cpu_seconds, device_seconds: what a step's updates take there.
+        cpu_seconds, device_seconds: what a step's updates take there; on the slowest device.
     """
 
     on_device: frozenset[int]
@@ -66,24 +67,44 @@ def update_seconds(unit: UnitSpec, rates: UpdateRates) -> tuple[float, float]:
     return touched / rates.cpu, device
 
 
-def split_updates(units: Sequence[UnitSpec], rates: UpdateRates) -> UpdateSplit:
-    """Return which of `units` to update where, by the rule above. Frozen ones have no update."""
-    costs = {i: update_seconds(u, rates) for i, u in enumerate(units) if u.grad_bytes}
-    side: dict[int, int] = {}  # 0: the CPU, 1: the device
-    load = [0.0, 0.0]
-    for i, cost in costs.items():
-        side[i] = int(load[1] + cost[1] < load[0] + cost[0])
-        load[side[i]] += cost[side[i]]
+def split_updates(units: Sequence[UnitSpec], rates: Sequence[UpdateRates]) -> UpdateSplit:
+    """Return which of `units` to update where, by the rule above. Frozen ones have no update.
+
+    Args:
+        units: all of the model.
+        rates: of each device and its link; the CPU's rate is that of the first.
+    """
+    costs = {
+        i: (
+            update_seconds(unit, rates[0])[_CPU],
+            update_seconds(unit, rates[unit.device])[1],
+        )
+        for i, unit in enumerate(units)
+        if unit.grad_bytes
+    }
+    there = {i: 1 + units[i].device for i in costs}  # the side that is not the CPU
+    side: dict[int, int] = {}
+    load = [0.0] * (1 + len(rates))
+    for i, (cpu, device) in costs.items():
+        side[i] = there[i] if load[there[i]] + device < load[_CPU] + cpu else _CPU
+        load[side[i]] += device if side[i] else cpu
     while True:
-        slow = int(load[1] > load[0])
-        moves = [
-            (max(load[slow] - costs[i][slow], load[1 - slow] + costs[i][1 - slow]), i)
-            for i in costs
-            if side[i] == slow
-        ]
-        best, moved = min(moves, default=(load[slow], -1))
+        slow = load.index(max(load))
+        moves = []
+        for i, (cpu, device) in costs.items():
+            if side[i] != slow:
+                continue
+            leaves, joins = (device, cpu) if slow else (cpu, device)
+            other = _CPU if slow else there[i]
+            moves.append((max(load[slow] - leaves, load[other] + joins), i, other))
+        best, moved, other = min(moves, default=(load[slow], -1, _CPU))
         if not best < load[slow]:
             break
-        side[moved] = 1 - slow
-        load = [sum(costs[i][s] for i in costs if side[i] == s) for s in (0, 1)]
-    return UpdateSplit(frozenset(i for i in side if side[i] == 1), load[0], load[1])
+        side[moved] = other
+        load = [sum(costs[i][min(s, 1)] for i in costs if side[i] == s) for s in range(len(load))]
+    on_device = frozenset(i for i in side if side[i] != _CPU)
+    return UpdateSplit(on_device, load[_CPU], max(load[1:]))
+
+
+_CPU = 0
+"""The side of the CPU; those of the devices follow."""

@@ -71,7 +71,8 @@ class Report:
 
         ``params`` counts elements; ``*_bytes`` are bytes; ``*_seconds`` seconds;
         ``disk_read_bytes`` and ``disk_write_bytes`` are cumulative; ``stall_seconds`` is the sum
-        over all causes in ``stalls``.
+        over all causes in ``stalls``. With several devices, counts of a device are sums, and
+        ``devices`` has those of each.
         """
         return {
             "params": self.params,
@@ -95,6 +96,13 @@ class Report:
             lines.append(f"{row['what']:<18}{host:>12.1f}{disk:>12.1f}")
         read, written = self.counters["disk_read_bytes"], self.counters["disk_write_bytes"]
         lines.append(f"disk: {read / 2**30:.2f} GiB read, {written / 2**30:.2f} GiB written")
+        for device in self.counters.get("devices", ()):
+            lines.append(
+                f"{device['device']}: at most {device['device_peak_bytes'] / 2**20:.1f} of "
+                f"{device['device_budget_bytes'] / 2**20:.1f} MiB in use, "
+                f"{device['to_device_bytes'] / 2**30:.2f} GiB copied to it, "
+                f"{device['to_host_bytes'] / 2**30:.2f} GiB from it"
+            )
         saved = self.counters["activation_saved_bytes"]
         if saved:
             to_disk, back = (

@@ -1,30 +1,40 @@
-"""Moving a model's buffers to the device where it computes, and back."""
+"""Moving a model's buffers to the devices where it computes, and back."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 from torch import nn
 
 
 class MovedBuffers:
-    """The buffers of one model, which lie on the device of its compute while it is wrapped.
+    """The buffers of one model, which lie on the device of their module while it is wrapped.
 
-    As in ``module.to(device)`` each gets a new tensor; one that several modules have stays one.
+    As in ``module.to(device)`` each gets a new tensor; one that several modules have stays one, on
+    the device of the first.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device) -> None:
-        """Move those of `model` to `device`."""
+    def __init__(
+        self,
+        model: nn.Module,
+        device: torch.device,
+        elsewhere: Mapping[nn.Module, torch.device] | None = None,
+    ) -> None:
+        """Move those of `model` to `device`, or to that which `elsewhere` has for the module."""
         self._model = model
         self._from: dict[tuple[nn.Module, str], torch.device] = {}
         moved: dict[torch.Tensor, torch.Tensor] = {}
         for module in model.modules():
+            where = (elsewhere or {}).get(module, device)
             for name, buffer in module._buffers.items():
-                if buffer is None or buffer.device == device:
+                if buffer is None:
                     continue
                 if buffer not in moved:
-                    moved[buffer] = buffer.to(device)
-                self._from[module, name] = buffer.device
-                module._buffers[name] = moved[buffer]
+                    moved[buffer] = buffer.to(where)
+                if moved[buffer] is not buffer:
+                    self._from[module, name] = buffer.device
+                    module._buffers[name] = moved[buffer]
 
     def back(self) -> None:
         """Move them to where they were; those that were replaced or taken away meanwhile stay."""

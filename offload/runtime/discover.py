@@ -49,9 +49,9 @@ def find_units(
     names: Sequence[str] | None,
     limit: int,
     dtypes: Dtypes,
-    device: torch.device = CPU,
+    devices: Sequence[torch.device] = (CPU,),
 ) -> Discovery:
-    """Return the units of `model`, whose parameters will be kept in `dtypes`, used on `device`.
+    """Return the units of `model`, whose parameters will be kept in `dtypes`, used on `devices`.
 
     With `names`, these modules are units, whole. Otherwise the children of every ModuleList and
     Sequential are, split into their own children while they hold more than `limit` bytes or
@@ -68,7 +68,7 @@ def find_units(
     modules = dict(model.named_modules())
     roots = _named(modules, names) if names is not None else _blocks(model, limit, dtypes)
     for name, param in model.named_parameters():
-        _check(name, param, device)
+        _check(name, param, devices)
     _check_apart(model)
     owner: dict[nn.Parameter, FoundUnit] = {}
     units: list[FoundUnit] = []
@@ -216,13 +216,13 @@ def _nbytes(module: nn.Module, dtypes: Dtypes) -> int:
     return sum(p.numel() * dtypes[p].itemsize for p in module.parameters())
 
 
-def _check(name: str, param: nn.Parameter, device: torch.device) -> None:
+def _check(name: str, param: nn.Parameter, devices: Sequence[torch.device]) -> None:
     if type(param) is not nn.Parameter:
         raise UnsupportedError(
             f"{name} is a {type(param).__name__}; only plain torch.nn.Parameter can be offloaded"
         )
-    if param.device not in (CPU, device) or param.layout is not torch.strided:
-        where = "the CPU" if device == CPU else f"the CPU or {device}"
+    if param.device not in (CPU, *devices) or param.layout is not torch.strided:
+        where = " or ".join(["the CPU", *(str(d) for d in devices if d != CPU)])
         raise UnsupportedError(
             f"{name} is a {param.layout} tensor on {param.device}; expected a dense one on {where}"
         )

@@ -72,8 +72,9 @@ class UnitsHeld(AbstractContextManager[None]):
         spilled = [unit for unit in self._units if not unit.param_slab.pinned]
         needed = sum(page_bytes(unit.param_bytes) for unit in spilled)
         needed += max((2 * unit.grad_bytes for unit in self._units if has_masters(unit)), default=0)
-        if context.device is not None:
-            context.device.check_room([unit.param_slab for unit in self._units], self._what)
+        for tier in context.tiers:
+            there = [unit.param_slab for unit in self._units if unit.tier is tier]
+            tier.check_room(there, self._what)
         if spilled and needed > plan.ring_bytes:
             raise BudgetError(
                 f"{self._what} cannot be in memory as a whole: its spilled parameters need "

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from offload import _native
-from offload.errors import OffloadError
 from offload.planner import (
     DevicePlan,
     DiskSpec,
@@ -19,7 +18,7 @@ from offload.planner import (
 )
 from offload.policy import Policy, parse_bytes
 from offload.tiers.activation_home import ActivationHome
-from offload.tiers.compute_device import ComputeDevice, torch_device
+from offload.tiers.compute_device import ComputeDevice, device_title, torch_devices
 from offload.tiers.context import RuntimeContext
 from offload.tiers.device_tier import DeviceTier
 from offload.tiers.disk_profile import DiskProfile
@@ -57,18 +56,23 @@ class Resources:
             self._activation_bytes(specs, disk, updates),
             updates,
         )
-        self.device_plan: DevicePlan | None = None
-        self.torch_device = torch_device(policy)
-        if policy.device_name != "cpu":
-            self.device_plan = place_on_device(specs, policy.budget.device_bytes, updates)
+        self.device_plans: list[DevicePlan] = []
+        self.torch_devices = torch_devices(policy)
+        if not policy.is_cpu:
+            shares = _by_device(specs)
+            for number, share in enumerate(shares):
+                name = device_title(policy, number) if len(shares) > 1 else ""
+                self.device_plans.append(
+                    place_on_device(share, policy.budget.device_bytes, updates, name)
+                )
 
     def _may_update_on_device(self, specs: Sequence[UnitSpec], disk: DiskSpec | None) -> bool:
         """Whether updates are to run on the device; with "auto" where there is room for that."""
         policy = self.policy
-        if policy.update != "auto" or policy.device_name == "cpu":
+        if policy.update != "auto" or policy.is_cpu:
             return policy.update == "device"
         host = smallest_budget(specs, disk, True) + self._activation_bytes(specs, disk, True)
-        device = smallest_device_budget(specs, True)
+        device = max(smallest_device_budget(share, True) for share in _by_device(specs))
         if policy.budget.host_bytes >= host and policy.budget.device_bytes >= device:
             return True
         self.update_note = (
@@ -128,8 +132,12 @@ class Resources:
             space.reserve(plan.swap_bytes, sum(p.swap_objects for p in plan.placements))
         # What the plan leaves free is for an optimizer that keeps more state than AdamW.
         home_bytes = plan.pinned_bytes + plan.free_bytes
-        device = ComputeDevice.open(policy, self.torch_device)
-        pin = device.native if device is not None else None
+        opened = [
+            ComputeDevice.open(policy, self.torch_devices[number], number)
+            for number in range(max(1, len(self.device_plans)))
+        ]
+        devices = [device for device in opened if device is not None]
+        pin = [device.native for device in devices] or None
         home = _native.HostArena(home_bytes, policy.debug, pin=pin)
         ring = None
         if plan.ring_bytes:
@@ -140,19 +148,22 @@ class Resources:
                     store.add_memory(arena)
         pipeline = open_pipeline(store, home, plan.staging_bytes)
         mover = Mover(home, ring, store, policy.debug)
-        tier = self._device_tier(device, mover) if device is not None else None
-        context = RuntimeContext(policy, plan, mover, pipeline, space, tier)
-        if tier is not None and self.device_plan is not None and self.device_plan.updates:
-            context.device_units = self._units_on(tier, ring or home)
+        tiers = [
+            self._device_tier(device, device_plan, mover)
+            for device, device_plan in zip(devices, self.device_plans, strict=True)
+        ]
+        context = RuntimeContext(policy, plan, mover, pipeline, space, tiers)
+        if any(device_plan.updates for device_plan in self.device_plans):
+            context.device_units = self._units_on(tiers, ring or home)
         return context
 
-    def _units_on(self, tier: DeviceTier, host: _native.HostArena) -> frozenset[int]:
-        """Return which units are updated on the device."""
+    def _units_on(self, tiers: Sequence[DeviceTier], host: _native.HostArena) -> frozenset[int]:
+        """Return which units are updated on their device."""
         units = [placement.unit for placement in self.plan.placements]
         if self.policy.update == "device":
             return frozenset(range(len(units)))
-        rates = measure_update_rates(tier.device, tier.ring, host)
-        split = split_updates(units, rates)
+        all_rates = [measure_update_rates(tier.device, tier.ring, host) for tier in tiers]
+        split, rates = split_updates(units, all_rates), all_rates[0]
         trained = sum(unit.grad_bytes > 0 for unit in units)
         self.update_note = (
             f"updates: {len(split.on_device)} of {trained} units on the device, by rates of "
@@ -162,10 +173,7 @@ class Resources:
         )
         return split.on_device
 
-    def _device_tier(self, device: ComputeDevice, mover: Mover) -> DeviceTier:
-        plan = self.device_plan
-        if plan is None:
-            raise OffloadError("nothing was planned for the device (internal error)")
+    def _device_tier(self, device: ComputeDevice, plan: DevicePlan, mover: Mover) -> DeviceTier:
         home, ring = device.arenas(plan.home_bytes, plan.ring_bytes, self.policy.debug)
         return DeviceTier(device, home, ring, mover)
 
@@ -181,3 +189,9 @@ class Resources:
             leaves=self.policy.activations == "auto",
             owns_space=not self.plan.spills,
         )
+
+
+def _by_device(specs: Sequence[UnitSpec]) -> list[list[UnitSpec]]:
+    """Return the units of each device that has some."""
+    count = 1 + max((spec.device for spec in specs), default=0)
+    return [[spec for spec in specs if spec.device == number] for number in range(count)]

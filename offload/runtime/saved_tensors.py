@@ -28,7 +28,7 @@ from offload.tiers.activation_handle import Handle
 from offload.tiers.context import RuntimeContext
 from offload.tiers.scopes import RowUse
 from offload.tiers.uncompiled import uncompiled
-from offload.tiers.unit import OffloadedParam, RowsParameter
+from offload.tiers.unit import OffloadedParam, RowsParameter, SpreadParameter
 
 Pack = Callable[[torch.Tensor], Any]
 Unpack = Callable[[Any], torch.Tensor]
@@ -200,4 +200,4 @@ class SavedTensorHooks:
 
 
 _TOP_HOOKS = "_top_saved_tensors_default_hooks"
-_PLAIN = (torch.Tensor, torch.nn.Parameter, RowsParameter)
+_PLAIN = (torch.Tensor, torch.nn.Parameter, RowsParameter, SpreadParameter)

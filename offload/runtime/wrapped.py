@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -19,6 +19,8 @@ from offload.runtime.block_forward import BlockForward
 from offload.runtime.blocks import find_blocks
 from offload.runtime.buffers import MovedBuffers
 from offload.runtime.deferred import to_memory
+from offload.runtime.device_moves import DeviceMoves
+from offload.runtime.device_shares import DeviceShares, share_out
 from offload.runtime.discover import Discovery, find_units
 from offload.runtime.experts import expert_parameters
 from offload.runtime.forward import ForwardHooks
@@ -27,7 +29,8 @@ from offload.runtime.resources import Resources
 from offload.runtime.saved_tensors import SavedTensorHooks, active_hooks_are_known
 from offload.runtime.state_dict import add_state_dict_hooks
 from offload.tiers.changed_values import masters_of
-from offload.tiers.compute_device import torch_device
+from offload.tiers.compute_device import torch_devices
+from offload.tiers.device_tier import DeviceTier
 from offload.tiers.grad_handle import GradHandle
 from offload.tiers.masters import provide_masters
 from offload.tiers.spent_grad import SpentGrad
@@ -50,21 +53,22 @@ class WrappedModel:
         Raises:
             BudgetError: the smallest host budget that would do is larger than the policy's.
             SwapSpaceError, SwapIOError: the swap directory cannot take what must be spilled.
-            UnsupportedError, PolicyError: see find_units and torch_device.
+            UnsupportedError, PolicyError: see find_units and torch_devices.
         """
-        device = torch_device(policy)
+        devices = torch_devices(policy)
         if policy.activations in _RECOMPUTE and not active_hooks_are_known():
             raise UnsupportedError(
                 f'Policy(activations="{policy.activations}") needs torch 2.8 or newer, which '
                 'tells the active saved-tensor hooks; use activations="disk"'
             )
         dtypes = compute_dtypes(model, policy.param_dtype)
-        found = find_units(model, policy.units, policy.unit_limit, dtypes, device)
+        found = find_units(model, policy.units, policy.unit_limit, dtypes, devices)
         if not found.units:
             raise UnsupportedError("the model has no parameters: there is nothing to offload")
         self.model = model
         self._handles: list[RemovableHandle] = []
-        units, specs = _lay_out(found, dtypes, device)
+        shares = share_out(model, found, dtypes, len(devices))
+        units, specs = _lay_out(found, dtypes, devices, shares)
         resources = Resources(policy, specs)
         self.context = resources.open()
         self._update_note = resources.update_note
@@ -86,9 +90,12 @@ class WrappedModel:
         self.context.gradients.on_backward = self._backward.on_backward
         self._forward = ForwardHooks(self.context, self._saved, self._backward.reset)
         self.context.saved_hooks = self._saved.active
-        self._add_hooks(found, units, device)
+        hooked = self._add_hooks(found, units)
+        if shares.count > 1:
+            self._handles += DeviceMoves(model, shares, devices, hooked).handles
         to_memory(model.buffers())
-        self._buffers = MovedBuffers(model, device)
+        on = {module: devices[number] for module, number in shares.modules.items()}
+        self._buffers = MovedBuffers(model, devices[0], on)
         self._blocks: list[BlockForward] = []
         self._choice: ActivationChoice | None = None
         if activations is not None:
@@ -113,7 +120,8 @@ class WrappedModel:
         for block in self._blocks:
             block.install()
 
-    def _add_hooks(self, found: Discovery, units: list[Unit], device: torch.device) -> None:
+    def _add_hooks(self, found: Discovery, units: list[Unit]) -> list[nn.Module]:
+        """Set all hooks but those that move tensors; return the modules that units are held for."""
         by_param = {param.param: unit for unit in units for param in unit.params}
         uses: dict[nn.Module, list[Unit]] = {self.model: []}
         for unit, source in zip(units, found.units, strict=True):
@@ -138,8 +146,9 @@ class WrappedModel:
         if any(unit.is_narrowed for unit in units):
             self._handles.append(add_precision_hooks(self.model, units))
         for module in self.model.modules():
-            module.__dict__["_apply"] = _refuse_conversion(module, device)
+            module.__dict__["_apply"] = _refuse_conversion(module)
             module.__dict__.update(_REFUSED)
+        return list(uses)
 
     def unwrap(self) -> None:
         """Give the model ordinary tensors again, with current values; gradients become tensors."""
@@ -181,7 +190,7 @@ class WrappedModel:
                     self.context.load(unit)
                     copies = [param.view(unit.param_slab).clone() for param in unit.params]
             for param, copy in zip(unit.params, copies, strict=True):
-                if type(param.param) is SpilledParameter:
+                if isinstance(param.param, SpilledParameter):
                     param.param.__class__ = nn.Parameter  # type: ignore[assignment]
                 if isinstance(param.param.grad, GradHandle | SpentGrad):
                     param.param.grad = None
@@ -204,10 +213,9 @@ class WrappedModel:
         disk = store.stats() if store is not None else {}
         files = context.weight_files.bytes_read if context.weight_files is not None else 0
         update = context.pipeline.stats()
-        tier = context.device
         on_device = context.updates.on_device
         return {
-            **(tier.counters() if tier is not None else {}),
+            **_device_counters(context.tiers),
             "arena_budget_bytes": context.plan.budget_bytes,
             "arena_in_use_bytes": sum(usage["in_use"] for usage in arenas),
             "arena_peak_bytes": sum(usage["peak"] for usage in arenas),
@@ -262,28 +270,36 @@ class WrappedModel:
             notes = (*notes, *self.context.weight_files.notes)
         if self._update_note:
             notes = (*notes, self._update_note)
-        if self.context.device is not None:
-            places = self.context.device.places
+        for tier in self.context.tiers:
+            places = tier.places
             found = (
                 f"{places.planned} copies to planned places, {places.searched} to where was room"
             )
-            notes = (*notes, f"device: {found}")
+            notes = (*notes, f"{tier.name}: {found}")
+        idle = len(self.context.policy.device_names) - max(1, len(self.context.tiers))
+        if idle:
+            notes = (*notes, f"of the devices {idle} have nothing: the model has too few blocks")
         if self.context.device_units:
             notes = (*notes, self._where_updates_ran())
         return (*notes, *(self._choice.notes() if self._choice is not None else ()))
 
 
 def _lay_out(
-    found: Discovery, dtypes: Mapping[nn.Parameter, torch.dtype], device: torch.device
+    found: Discovery,
+    dtypes: Mapping[nn.Parameter, torch.dtype],
+    devices: Sequence[torch.device],
+    shares: DeviceShares,
 ) -> tuple[list[Unit], list[UnitSpec]]:
     units, specs = [], []
     for index, source in enumerate(found.units):
+        number = shares.units[index]
         by_row = expert_parameters(source.module, dtypes)
         own = [
-            OffloadedParam(param, name, dtypes[param], device, by_row=param in by_row)
+            OffloadedParam(param, name, dtypes[param], devices[number], by_row=param in by_row)
             for name, param in source.own
         ]
         unit = Unit(index, source.name, own)
+        unit.spread = index in shares.spread
         units.append(unit)
         frozen_masters = (p.numel * 4 for p in own if p.is_narrowed and not p.trainable and p.numel)
         specs.append(
@@ -295,9 +311,21 @@ def _lay_out(
                 unit.params[0].dtype.itemsize,
                 tuple(map(_pages, frozen_masters)),
                 origins_of(unit) is not None,
+                number,
             )
         )
     return units, specs
+
+
+def _device_counters(tiers: Sequence[DeviceTier]) -> dict[str, Any]:
+    """What the arenas of all devices hold and what was copied; with several, of each too."""
+    found = [tier.counters() for tier in tiers]
+    counters: dict[str, Any] = {key: sum(each[key] for each in found) for key in (found or [{}])[0]}
+    if len(tiers) > 1:
+        counters["devices"] = [
+            {"device": tier.name, **each} for tier, each in zip(tiers, found, strict=True)
+        ]
+    return counters
 
 
 def _pages(nbytes: int) -> int:
@@ -318,14 +346,14 @@ _REFUSED = {"__deepcopy__": _refuse_copy, "__reduce_ex__": _refuse_pickle}
 """Put on each module of a wrapped model: a copy would share the original's slabs and hooks."""
 
 
-def _refuse_conversion(module: nn.Module, device: torch.device) -> Callable[..., nn.Module]:
+def _refuse_conversion(module: nn.Module) -> Callable[..., nn.Module]:
     """Return what replaces ``module._apply``, on which ``to``, ``half``, ``cuda`` are built.
 
-    To `device`, where the model is already, it may be moved.
+    To the device where it is already, it may be moved.
     """
 
     def apply(fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
-        for dtype in {p.dtype for p in module.parameters()}:
+        for dtype, device in {(p.dtype, p.device) for p in module.parameters()}:
             probe = torch.empty(1, dtype=dtype, device=device)
             converted = fn(probe)
             if converted.dtype != probe.dtype or converted.device != probe.device:

@@ -24,15 +24,29 @@ from offload.policy import Policy, format_bytes
 CPU = torch.device("cpu")
 
 
-def torch_device(policy: Policy) -> torch.device:
+def torch_devices(policy: Policy) -> tuple[torch.device, ...]:
     """Return where the tensors of a model wrapped with `policy` are while they are in use.
 
+    One for each of ``Policy.device``, in its order. Where several are simulated, all are the CPU.
+
     Raises:
-        PolicyError: it names a CUDA device that this build, this torch or this machine has not.
+        PolicyError: it names a CUDA device that this build, this torch or this machine has not, or
+            one of them twice.
     """
     if not policy.is_cuda:
-        return CPU
-    what = f"Policy(device={policy.device_name!r})"
+        return (CPU,) * len(policy.device_names)
+    devices = tuple(_cuda_device(name) for name in policy.device_names)
+    twice = [str(device) for device in devices if devices.count(device) > 1]
+    if twice:
+        raise PolicyError(
+            f"Policy(device={list(policy.device_names)!r}): {twice[0]} is named twice, once as the "
+            "current one"
+        )
+    return devices
+
+
+def _cuda_device(name: str) -> torch.device:
+    what = f"Policy(device={name!r})"
     if not _native.has_cuda:
         raise PolicyError(
             f"{what}: this build of offload has no CUDA; build it again where the CUDA toolkit is "
@@ -44,12 +58,18 @@ def torch_device(policy: Policy) -> torch.device:
         )
     if not torch.cuda.is_available():
         raise PolicyError(f"{what}: torch finds no CUDA device that it can use; see nvidia-smi")
-    number = policy.device_name.partition(":")[2]
+    number = name.partition(":")[2]
     index = int(number) if number else torch.cuda.current_device()
     count = torch.cuda.device_count()
     if index >= count:
         raise PolicyError(f"{what}: there is no such device; torch sees {count}, from cuda:0")
     return torch.device("cuda", index)
+
+
+def device_title(policy: Policy, number: int) -> str:
+    """Return what to call device `number` of `policy`: several simulated ones are counted."""
+    name = policy.device_names[number]
+    return f"{name} ({number})" if len(policy.paces) > 1 else name
 
 
 class ComputeDevice:
@@ -58,29 +78,33 @@ class ComputeDevice:
     Attributes:
         native: the core's.
         torch: torch's.
+        name: for people.
     """
 
-    def __init__(self, native: _native.Device, device: torch.device) -> None:
+    def __init__(self, native: _native.Device, device: torch.device, name: str = "") -> None:
         """Put together what is the same device; open() does so from a policy."""
         self.native = native
         self.torch = device
+        self.name = name or str(device)
 
     @classmethod
-    def open(cls, policy: Policy, device: torch.device) -> ComputeDevice | None:
-        """Return the device of `policy`, which is torch's `device`; None: the CPU itself.
+    def open(cls, policy: Policy, device: torch.device, number: int = 0) -> ComputeDevice | None:
+        """Return device `number` of `policy`, which is torch's `device`; None: the CPU itself.
 
         On CUDA, order is checked with ``Policy.debug`` alone: it costs time.
 
         Raises:
             UnsupportedError, DeviceError: the driver refuses.
         """
-        if policy.pace is not None:
-            native = _native.simulated_device(policy.budget.device_bytes, pace=policy.pace)
+        name = device_title(policy, number)
+        if policy.paces:
+            pace = policy.paces[number]
+            native = _native.simulated_device(policy.budget.device_bytes, pace=pace)
         elif policy.is_cuda:
             native = _native.cuda_device(device.index, check=policy.debug)
         else:
             return None
-        return cls(native, device)
+        return cls(native, device, name)
 
     def arenas(
         self, home_bytes: int, ring_bytes: int, poison: bool

@@ -11,7 +11,7 @@ Life of a unit's parameters:
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from offload import _native
@@ -22,6 +22,7 @@ from offload.tiers.activation_home import ActivationHome
 from offload.tiers.changed_values import sync_masters
 from offload.tiers.device_tier import DeviceTier
 from offload.tiers.gradients import Gradients
+from offload.tiers.joined_tiers import join_tiers
 from offload.tiers.masters import seed_masters
 from offload.tiers.mover import Mover
 from offload.tiers.pointers import Pointers
@@ -46,7 +47,7 @@ class RuntimeContext:
         scopes: the modules that are in forward at the moment, and the units they hold.
         gradients: of its units.
         pointers: where their parameters' ``.data`` is.
-        device: where the units are computed with; None: in host memory.
+        tiers: of the devices that units are computed with; none: in host memory.
         space: the swap space that its slabs on disk live in; None: nothing spills.
         state_home: StateHome.of_context() makes it.
         activations: where saved activations are; None: autograd keeps them.
@@ -65,32 +66,33 @@ class RuntimeContext:
         mover: Mover,
         pipeline: _native.UpdatePipeline,
         space: SwapSpace | None,
-        device: DeviceTier | None = None,
+        tiers: Sequence[DeviceTier] = (),
     ) -> None:
         """Own the native objects; units are added with add_unit()."""
         self.policy = policy
         self.plan = plan
         self.store = mover.store
         self.space = space
-        self.device = device
-        self.resident = space is None and policy.activations == "keep" and device is None
+        self.tiers = tuple(tiers)
+        self.resident = space is None and policy.activations == "keep" and not tiers
         self.state_home: StateHome | None = None
         self.activations: ActivationHome | None = None
         self.pipeline = pipeline
         self.lock = threading.RLock()
         self.mover = mover
         self.mover.relieve = self._relieve
-        if device is not None:
-            device.relieve = self._relieve
+        self.mover.readers = join_tiers(self.tiers)
+        for tier in self.tiers:
+            tier.relieve = self._relieve
         self.mover.find_place = self._place_for
         self.weight_files: WeightFiles | None = None
-        self.updates = Updates(mover, pipeline, device)
+        self.updates = Updates(mover, pipeline, bool(tiers))
         self.device_units: frozenset[int] = frozenset()
-        self.prefetcher = Prefetcher(plan, mover, self.updates, device)
+        self.prefetcher = Prefetcher(plan, mover, self.updates, self.tiers)
         self.units: list[Unit] = []
         self.gradients = Gradients(self)
         self.scopes = ForwardScopes()
-        self.pointers = Pointers(mover, device)
+        self.pointers = Pointers(mover)
         self.reading_out = False
         self.saved_hooks: Callable[[], AbstractContextManager[None]] = nullcontext
         self.closed = False
@@ -104,6 +106,8 @@ class RuntimeContext:
         """
         seed_masters(self, unit)
         placement = self.plan.placements[unit.index]
+        if self.tiers:
+            unit.tier = self.tiers[placement.unit.device]
         origins = None if placement.pin_params else origins_of(unit)
         unit.param_slab = self._slab(
             unit, "parameters", unit.param_bytes, placement.pin_params, is_stored=origins is None
@@ -117,21 +121,21 @@ class RuntimeContext:
                 param.view(unit.param_slab).copy_(param.param.detach())
         self.units.append(unit)
         self.prefetcher.add(unit)
-        if self.device is not None and placement.unit.nested:
+        if unit.tier is not None and placement.unit.nested:
             for slab in (unit.param_slab, unit.grad_slab):
                 if slab is not None:
-                    self.device.keep_at_home(slab)
+                    unit.tier.keep_at_home(slab)
         for param in unit.params:
             note_origin(param.param, None)
             param.take_over()
-            if self.device is None:
+            if unit.tier is None:
                 self.pointers.point(param)
                 continue
             grad, param.param.grad = param.param.grad, None
             self.pointers.blank(param)
             if grad is not None:
                 param.param.grad = grad.to(param.device)
-        unit.attached = self.device is None
+        unit.attached = unit.tier is None
         self.pointers.note_version(unit)
         if not placement.pin_params:
             self.detach(unit)
@@ -196,11 +200,11 @@ class RuntimeContext:
 
     def load_for_compute(self, unit: Unit, rows: Rows = None) -> None:
         """Have them where the compute uses them, which is to hold the unit meanwhile."""
-        if self.device is None:
+        if unit.tier is None:
             self.load(unit, rows)
         else:
             self.updates.finish(unit, load=True)
-            self.device.fetch(unit.param_slab)
+            unit.tier.fetch(unit.param_slab)
 
     def detach(self, unit: Unit) -> None:
         """Make the unit's parameters placeholders again; the slab stays as it is."""
@@ -215,7 +219,7 @@ class RuntimeContext:
 
     def goes_by_row(self, unit: Unit) -> bool:
         """Whether a use of some rows of `unit` need not fetch the others."""
-        return unit.by_row and self.device is None and not unit.param_slab.pinned
+        return unit.by_row and unit.tier is None and not unit.param_slab.pinned
 
     def acquire(self, unit: Unit, phase: Phase, rows: Rows = None) -> None:
         """Attach `unit`, or `rows` of it, for a use in forward and hold it until release()."""
@@ -288,8 +292,8 @@ class RuntimeContext:
             self.detach(unit)
             on_device = self.updates.on_device if unit.index in self.device_units else None
             job.on_device = on_device is not None and on_device.can_run(job)
-            if self.device is not None and not job.on_device:
-                self.device.drop(unit.param_slab)
+            if unit.tier is not None and not job.on_device:
+                unit.tier.drop(unit.param_slab)
         self.updates.put_off(job)
         unit.version += 1
         if held_elsewhere:
@@ -380,8 +384,8 @@ class RuntimeContext:
             self.state_home.close()
         if self.activations is not None:
             self.activations.close()
-        if self.device is not None:
-            self.device.close()
+        for tier in self.tiers:
+            tier.close()
         self.pipeline.close()
         if self.weight_files is not None:
             self.weight_files.close()

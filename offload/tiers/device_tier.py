@@ -48,6 +48,8 @@ class DeviceTier:
         next_use: position of each slab's next use among the predicted uses.
         held: slabs whose copies an update is about to use.
         relieve: makes a user of memory let go; False when there is none.
+        others: devices that copy from and to the same host memory.
+        name: of the device, for people.
     """
 
     def __init__(
@@ -66,6 +68,8 @@ class DeviceTier:
         self.next_use: dict[Slab, int] = {}
         self.held: set[Slab] = set()
         self.relieve: Callable[[], bool] = lambda: False
+        self.others: tuple[_native.Device, ...] = ()
+        self.name = compute.name
         self._mover = mover
         self._transfers = _native.DeviceTransfers(self.device)
         self._copies: dict[Slab, DeviceCopy] = {}
@@ -76,7 +80,6 @@ class DeviceTier:
         self._at_home: dict[Slab, int] = {}
         """Where in the home they are."""
         self._home_bytes = 0
-        mover.readers = self
 
     def keep_at_home(self, slab: Slab) -> None:
         """Give `slab` its place in the home whenever it is copied."""
@@ -196,6 +199,7 @@ class DeviceTier:
     def _start(self, slab: Slab, lease: _native.DeviceLease) -> None:
         if slab.lease is None:
             raise OffloadError(f"{slab.name} is not in host memory (internal error)")
+        self._announce(slab, slab.lease, "read")
         self._note(slab, lease, self._transfers.fetch(lease, slab.lease, slab.nbytes))
 
     def _start_from_disk(self, slab: Slab, lease: _native.DeviceLease, use: int) -> bool:
@@ -204,6 +208,7 @@ class DeviceTier:
             raise OffloadError(f"{slab.name} has no place on disk (internal error)")
 
         def start(via: _native.Lease) -> partial[_native.DeviceTransfer]:
+            self._announce(slab, via, "write")
             return partial(
                 self._transfers.fetch, lease, via, slab.nbytes, store=store, object=swap_object
             )
@@ -213,6 +218,15 @@ class DeviceTier:
             return False
         self._note(slab, lease, arrival)
         return True
+
+    def _announce(self, slab: Slab, lease: _native.Lease, access: _native.Access) -> None:
+        """Tell the checkers of other devices what this one is about to do with host memory.
+
+        What they do with it must be known by the host to be over: no stream of theirs waits for
+        one of this device.
+        """
+        for device in self.others:
+            device.use_host(lease, access, slab.name)
 
     def _note(
         self, slab: Slab, lease: _native.DeviceLease, arrival: _native.DeviceTransfer
@@ -250,6 +264,7 @@ class DeviceTier:
         store, swap_object = (self._mover.store, slab.swap_object) if on_disk else (None, None)
 
         def start(via: _native.Lease) -> partial[_native.DeviceTransfer]:
+            self._announce(slab, via, "write")
             return partial(
                 self._transfers.spill,
                 copy.lease,
@@ -307,7 +322,7 @@ class DeviceTier:
             if lease is not None:
                 return lease
             if not self.relieve():
-                raise no_room_there(slab, self._copies, self.ring)
+                raise no_room_there(slab, self._copies, self.ring, self.name)
 
     def _try_take(self, slab: Slab, farther_than: int | None) -> _native.DeviceLease | None:
         arena, place = self.ring, self.places.place_of(slab)
@@ -388,12 +403,12 @@ class DeviceTier:
         return max(may_go, key=lambda slab: self.next_use.get(slab, NEVER), default=None)
 
     def check_room(self, slabs: Sequence[Slab], what: str) -> None:
-        """Raise BudgetError when `slabs` can never be on the device together."""
+        """Raise BudgetError when `slabs`, all used here, can never be on the device together."""
         needed = sum(slab.nbytes for slab in slabs if slab not in self._at_home)
         room = self.ring.usage()["budget"]
         if needed > room:
             raise BudgetError(
-                f"{what} cannot be on the device as a whole: its parameters need {needed} bytes, "
+                f"{what} cannot be on {self.name} as a whole: its parameters need {needed} bytes, "
                 f"and {room} of the device budget are for what comes and goes; materialize() one "
                 "of its modules at a time, or raise Budget(device=...)"
             )

@@ -17,7 +17,7 @@ from itertools import starmap
 import torch
 
 from offload import _native
-from offload.errors import BudgetError
+from offload.errors import BudgetError, OffloadError
 from offload.tiers.device_copy import DeviceCopy
 from offload.tiers.device_tier import DeviceTier
 from offload.tiers.slab import Residency, Slab
@@ -25,22 +25,24 @@ from offload.tiers.update_job import UpdateJob
 
 
 class DeviceUpdates:
-    """Runs jobs on the device of one wrapped model. Not thread-safe: the owner serialises.
+    """Runs jobs, each on its unit's device. Not thread-safe: the owner serialises.
 
     Attributes:
         done: how many units were updated.
         without_room: how many of the updates that were to run there had to be left to the CPU.
     """
 
-    def __init__(self, device: DeviceTier) -> None:
-        """Run them with what `device` copies."""
+    def __init__(self) -> None:
+        """None was run."""
         self.done = 0
         self.without_room = 0
-        self._device = device
 
     def can_run(self, job: UpdateJob) -> bool:
         """Whether there are kernels for all of the job."""
-        return _native.has_device_update(self._device.device, job.layout.format, job.segments)
+        tier = job.unit.tier
+        if tier is None:
+            return False
+        return _native.has_device_update(tier.device, job.layout.format, job.segments)
 
     def run(self, job: UpdateJob) -> bool:
         """Take the step. False: there is no room on the device now, and nothing was changed.
@@ -48,64 +50,67 @@ class DeviceUpdates:
         Raises:
             OffloadError: what it uses could not be read.
         """
-        if not job.launched and not self._compute(job):
+        tier = job.unit.tier
+        if tier is None:
+            raise OffloadError(f"{job.unit.name}: there is no device (internal error)")
+        if not job.launched and not self._compute(job, tier):
             self.without_room += 1
             return False
         for slab in job.results:
-            self._device.send(slab)
+            tier.send(slab)
         for slab in job.state:
-            self._device.drop(slab)
+            tier.drop(slab)
         self.done += 1
         return True
 
-    def _compute(self, job: UpdateJob) -> bool:
+    def _compute(self, job: UpdateJob, tier: DeviceTier) -> bool:
         """Do steps 1 and 2; False when there is no room."""
-        self._device.held.update(job.slabs)
+        tier.held.update(job.slabs)
         try:
-            copies = self._bring(job)
+            copies = self._bring(job, tier)
             if copies is None:
                 return False
             for slab in job.results:
                 copies[slab].ahead = True
-            self._launch(job, copies)
+            self._launch(job, tier, copies)
             return True
         finally:
-            self._device.held.difference_update(job.slabs)
+            tier.held.difference_update(job.slabs)
 
-    def _bring(self, job: UpdateJob) -> dict[Slab, DeviceCopy] | None:
+    def _bring(self, job: UpdateJob, tier: DeviceTier) -> dict[Slab, DeviceCopy] | None:
         """Return the copies of the job's slabs, ready for the compute stream, if there is room."""
         largest_first = sorted(job.slabs, key=lambda slab: -slab.nbytes)
         try:
-            if not all(self._device.bring(slab) for slab in largest_first):
-                self._device.clear()  # there is room, but in pieces
-                if not all(self._device.bring(slab) for slab in largest_first):
+            if not all(tier.bring(slab) for slab in largest_first):
+                tier.clear()  # there is room, but in pieces
+                if not all(tier.bring(slab) for slab in largest_first):
                     return None
         except BudgetError:  # of host memory, through which they come
             return None
-        copies = {
-            slab: self._device.ready(slab, change=slab is not job.grads) for slab in job.slabs
-        }
+        copies = {slab: tier.ready(slab, change=slab is not job.grads) for slab in job.slabs}
         for slab in job.state:
             if slab.residency is Residency.ABSENT and not copies[slab].ahead:
-                self._make(job, slab, copies)
+                self._make(job, tier, slab, copies)
         return copies
 
-    def _make(self, job: UpdateJob, slab: Slab, copies: dict[Slab, DeviceCopy]) -> None:
+    @staticmethod
+    def _make(job: UpdateJob, tier: DeviceTier, slab: Slab, copies: dict[Slab, DeviceCopy]) -> None:
         """Fill the copy of a state that was never written."""
         copy = copies[slab]
         if slab is not job.master:
-            self._device.device.fill(copy.lease, 0)
+            tier.device.fill(copy.lease, 0)
             return
         numel = slab.nbytes // torch.float32.itemsize
         params = copies[job.unit.param_slab].view(0, (numel,), (1,), job.layout.param)
         copy.view(0, (numel,), (1,), torch.float32).copy_(params)
 
-    def _launch(self, job: UpdateJob, copies: dict[Slab, DeviceCopy]) -> None:
+    @staticmethod
+    def _launch(job: UpdateJob, tier: DeviceTier, copies: dict[Slab, DeviceCopy]) -> None:
         leases = {slab: copies[slab].lease for slab in job.slabs}
         # Each notes at its end that the stream has used the lease.
         uses = [leases[slab].view("read" if slab is job.grads else "write") for slab in job.slabs]
         arguments = (
-            self._device.device,
+            tier.device,
             job.layout.format,
             job.segments,
             leases[job.unit.param_slab].address,

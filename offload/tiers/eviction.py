@@ -65,12 +65,14 @@ def no_room(slab: Slab, slabs: Iterable[Slab], ring: _native.HostArena | None) -
     )
 
 
-def no_room_there(slab: Slab, slabs: Iterable[Slab], ring: _native.DeviceArena) -> BudgetError:
-    """Return the error that says why `slab` cannot be on a device beside `slabs`, which are."""
+def no_room_there(
+    slab: Slab, slabs: Iterable[Slab], ring: _native.DeviceArena, device: str
+) -> BudgetError:
+    """Return the error that says why `slab` cannot be on `device` beside `slabs`, which are."""
     usage = ring.usage()
     held = [f"{s.name} ({s.nbytes} bytes)" for s in slabs if s.locks]
     return BudgetError(
-        f"no room for {slab.name} on the device: {slab.nbytes} bytes are needed, of "
+        f"no room for {slab.name} on {device}: {slab.nbytes} bytes are needed, of "
         f"{usage['budget']} bytes {usage['budget'] - usage['in_use']} are free (longest range "
         f"{usage['largest_free']}); in use at this moment: {', '.join(held) or 'nothing'}; "
         "raise Budget(device=...)"

@@ -72,7 +72,7 @@ class Gradients:
                 f"backward(create_graph=True) through {param.name}: the gradient of a gradient "
                 "cannot be spilled; use torch.autograd.grad for it"
             )
-        if state is None and self._context.device is None:
+        if state is None and unit.tier is None:
             self.set(param, new)
         elif state is None:
             self._check_trainable(param)
@@ -87,7 +87,7 @@ class Gradients:
 
     def _add(self, param: OffloadedParam, new: torch.Tensor, state: GradState) -> None:
         """Add `new`; no tensor on the gradients outlives this, so that they may be copied."""
-        view = self.modify(param) if self._context.device is None else self._on_device(param)
+        view = self.modify(param) if param.unit.tier is None else self._on_device(param)
         if state.zero:
             view.zero_()
         for factor in state.factors:
@@ -102,7 +102,7 @@ class Gradients:
 
         What the slab holds of others is kept.
         """
-        slab, device = self.slab(param.unit), self._context.device
+        slab, device = self.slab(param.unit), param.unit.tier
         if device is None:
             raise OffloadError(f"{slab.name}: there is no device (internal error)")
         copy = device.copy_of(slab)
@@ -117,22 +117,22 @@ class Gradients:
 
     def come_home(self, unit: Unit, to_disk: bool = True) -> None:
         """Have the gradients of `unit` that are on the device in their slab."""
-        if self._context.device is not None and unit.grad_slab is not None:
-            self._context.device.send(unit.grad_slab, to_disk)
+        if unit.tier is not None and unit.grad_slab is not None:
+            unit.tier.send(unit.grad_slab, to_disk)
 
     def _leave_device(self, unit: Unit) -> None:
         """The consumers had theirs there: what is newer than the slab goes home, or nowhere."""
         if unit.grads_wanted():
             self.come_home(unit, to_disk=False)
-        elif self._context.device is not None and unit.grad_slab is not None:
-            copy = self._context.device.copy_of(unit.grad_slab)
+        elif unit.tier is not None and unit.grad_slab is not None:
+            copy = unit.tier.copy_of(unit.grad_slab)
             if copy is not None and copy.ahead:
-                self._context.device.drop(unit.grad_slab)
+                unit.tier.drop(unit.grad_slab)
 
     def _replace(self, unit: Unit) -> None:
         """The bytes in the slab are about to be changed: the device's copy is not current."""
-        if self._context.device is not None and unit.grad_slab is not None:
-            self._context.device.drop(unit.grad_slab)
+        if unit.tier is not None and unit.grad_slab is not None:
+            unit.tier.drop(unit.grad_slab)
 
     def set(self, param: OffloadedParam, value: torch.Tensor) -> None:
         """Make `value` the gradient of `param`."""
@@ -196,7 +196,7 @@ class Gradients:
 
     def _store_grads(self, unit: Unit) -> None:
         """Send the gradients that have arrived on their way to disk."""
-        slab, device = self.slab(unit), self._context.device
+        slab, device = self.slab(unit), unit.tier
         if slab.pinned and device is None:
             return
         for param in unit.arrived:

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import torch
 
-from offload.tiers.device_tier import DeviceTier
 from offload.tiers.mover import Mover
 from offload.tiers.slab import Residency
-from offload.tiers.unit import OffloadedParam, RowsParameter, SpilledParameter, Unit
+from offload.tiers.unit import (
+    OffloadedParam,
+    RowsParameter,
+    SpilledParameter,
+    SpreadParameter,
+    Unit,
+)
 
 
 class Pointers:
@@ -17,37 +22,40 @@ class Pointers:
         by_address: attached parameters by the address of their memory.
     """
 
-    def __init__(self, mover: Mover, device: DeviceTier | None) -> None:
-        """The compute uses the slabs of `mover`, or copies of them on `device`."""
+    def __init__(self, mover: Mover) -> None:
+        """The compute uses the slabs of `mover`, or copies of them on the units' devices."""
         self._mover = mover
-        self._device = device
         self.by_address: dict[int, OffloadedParam] = {}
 
     def view(self, param: OffloadedParam) -> torch.Tensor:
         """Return the bytes of a parameter that is loaded for the compute."""
-        if self._device is None:
+        tier = param.unit.tier
+        if tier is None:
             return param.view(param.unit.param_slab)
-        copy = self._device.fetch(param.unit.param_slab)
+        copy = tier.fetch(param.unit.param_slab)
         return copy.view(param.offset, param.shape, param.stride, param.dtype)
 
     def stays(self, unit: Unit) -> bool:
         """Whether the unit is attached for good."""
-        return self._device is None and unit.param_slab.pinned
+        return unit.tier is None and unit.param_slab.pinned
 
     def point(self, param: OffloadedParam) -> None:
         """Let the parameter, which is loaded for the compute, be its bytes there."""
         view = self.view(param)
         with torch._C.DisableTorchFunctionSubclass():
             param.param.data = view
-        is_partial = param.unit.param_slab.residency is Residency.PARTIAL
-        kind: type[torch.nn.Parameter] = RowsParameter if is_partial else torch.nn.Parameter
+        kind: type[torch.nn.Parameter] = torch.nn.Parameter
+        if param.unit.param_slab.residency is Residency.PARTIAL:
+            kind = RowsParameter
+        elif param.unit.spread:
+            kind = SpreadParameter
         param.param.__class__ = kind
         if param.numel:  # one without elements lies nowhere
             self.by_address[view.data_ptr()] = param
 
     def renew(self, unit: Unit) -> None:
         """The slab of the unit, which is attached and loaded, has new values: show them."""
-        if self._device is not None:
+        if unit.tier is not None:
             for param in unit.params:
                 self.view(param).copy_(param.view(unit.param_slab))
 
@@ -105,14 +113,14 @@ class Pointers:
 
     def keep_changes(self, unit: Unit) -> None:
         """The unit's parameters, which are attached, were changed: what was there is not theirs."""
-        if self._device is not None:
-            self._device.pull(unit.param_slab)
+        if unit.tier is not None:
+            unit.tier.pull(unit.param_slab)
         else:
             self._mover.mark_dirty(unit.param_slab)
 
     def start_of(self, unit: Unit) -> int:
         """Return the address of the parameters of `unit`, which is attached."""
-        copy = None if self._device is None else self._device.copy_of(unit.param_slab)
+        copy = None if unit.tier is None else unit.tier.copy_of(unit.param_slab)
         return unit.param_slab.address if copy is None else copy.lease.address
 
     def note_update(self, unit: Unit) -> None:

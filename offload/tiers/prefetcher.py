@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 from offload.planner import Plan
 from offload.tiers.device_tier import DeviceTier
@@ -26,17 +27,17 @@ class Prefetcher:
     """
 
     def __init__(
-        self, plan: Plan, mover: Mover, updates: Updates, device: DeviceTier | None
+        self, plan: Plan, mover: Mover, updates: Updates, tiers: Sequence[DeviceTier]
     ) -> None:
-        """Units join by add(); `updates` are those that were put off."""
+        """Units join by add(); `updates` are those that were put off, `tiers` those of devices."""
         self._mover = mover
-        self._device = device
+        self._tiers = tiers
         self._updates = updates
         self._units: list[Unit] = []
         self.trace = AccessTrace()
         self.read_rate = 0.0
         spills = any(not (p.pin_params and p.pin_grads) for p in plan.placements)
-        self._streams = spills or device is not None
+        self._streams = spills or bool(tiers)
         sizes = [max(p.unit.param_bytes, p.unit.grad_bytes) for p in plan.placements]
         self._largest = max(sizes, default=0)
         self._room = plan.ring_bytes - 2 * self._largest  # one in use, one being written
@@ -48,20 +49,20 @@ class Prefetcher:
     def begin_pass(self) -> None:
         """The next use is the first of a pass: an outermost forward, and its backward if any."""
         self.trace.begin_pass()
-        if self._device is not None:
-            self._device.begin_pass()
+        for tier in self._tiers:
+            tier.begin_pass()
 
     def end_step(self) -> None:
         """An optimizer has begun an update: the next pass is of another step."""
         self.trace.end_step()
-        if self._device is not None:
-            self._device.places.end_step()
+        for tier in self._tiers:
+            tier.places.end_step()
 
     def advance(self, use: Use) -> None:
         """Record a use, and start reading what the next ones need."""
         self.trace.record(use)
-        if self._device is not None:
-            self._device.places.begin_use(use.phase is Phase.BACKWARD)
+        for tier in self._tiers:
+            tier.places.begin_use(use.phase is Phase.BACKWARD)
         if self._streams or self._updates.waiting:
             self._look_ahead()
 
@@ -99,8 +100,7 @@ class Prefetcher:
                     next_use[slab] = position
                     wanted.append((unit, slab, use.phase))
         self._mover.next_use = next_use
-        if self._device is not None:  # first: from disk straight on
-            self._look_ahead_on(self._device)
+        self._look_ahead_on_devices()  # first: from disk straight on
         # What is read ahead beyond what fits would be given up again before its use.
         room = self._room
         for unit, slab, phase in wanted:
@@ -110,42 +110,54 @@ class Prefetcher:
             if not self._bring(unit, slab, next_use[slab], phase):
                 break
 
-    def _look_ahead_on(self, device: DeviceTier) -> None:
-        """Start copying to the device what the next uses, and updates before them, need."""
-        device.next_use, wanted = {}, []
-        needs, in_step = self._in_use(device), self.trace.in_step(LOOKAHEAD)
+    def _look_ahead_on_devices(self) -> None:
+        """Start copying to the devices what the next uses, and updates before them, need.
+
+        In the order of use, so that the next device's first units come while this one computes;
+        each device stops where its memory ends.
+        """
+        if not self._tiers:
+            return
+        wanted: list[tuple[Unit, DeviceTier, Slab, bool]] = []
+        room = {}
+        for tier in self._tiers:
+            tier.next_use, tier.places.needs = {}, self._in_use(tier)
+            room[tier] = tier.ring.usage()["budget"] - 2 * self._largest
+        in_step = self.trace.in_step(LOOKAHEAD)
         for position, use in enumerate(self.trace.future(LOOKAHEAD)):
             unit = self._units[use.unit]
-            update = self._updates.for_device(unit)
+            update, there = self._updates.for_device(unit), unit.tier
+            if there is None:
+                continue
             for slab in update or [unit.param_slab]:
-                if not device.places.is_used(slab, use.phase is Phase.BACKWARD):
+                if not there.places.is_used(slab, use.phase is Phase.BACKWARD):
                     continue
-                needs.setdefault(slab, position)
-                if position >= in_step and device.places.is_replaced(slab):
+                there.places.needs.setdefault(slab, position)
+                if position >= in_step and there.places.is_replaced(slab):
                     continue  # what is copied now would be worth nothing then
-                if slab not in device.next_use:
-                    device.next_use[slab] = position
-                    wanted.append((unit, slab, bool(update)))
+                if slab not in there.next_use:
+                    there.next_use[slab] = position
+                    wanted.append((unit, there, slab, bool(update)))
             if use.phase is Phase.BACKWARD and unit.grad_slab is not None:
-                needs.setdefault(unit.grad_slab, position)  # made there
-        room = device.ring.usage()["budget"] - 2 * self._largest
-        for unit, slab, is_update in wanted:
-            room -= slab.nbytes
-            if room < 0 or (unit.updating and not is_update):
-                break
-            if not device.prefetch(slab, device.next_use[slab]):
-                break
+                there.places.needs.setdefault(unit.grad_slab, position)  # made there
+        for unit, tier, slab, is_update in wanted:
+            if tier not in room:
+                continue
+            room[tier] -= slab.nbytes
+            full = room[tier] < 0 or (unit.updating and not is_update)
+            if full or not tier.prefetch(slab, tier.next_use[slab]):
+                del room[tier]
 
-    def _in_use(self, device: DeviceTier) -> dict[Slab, int]:
-        """Have the tier keep the places of what the current uses need; more needs are added."""
+    def _in_use(self, tier: DeviceTier) -> dict[Slab, int]:
+        """Return what the current uses need on the device, whose places are to be kept."""
         needs: dict[Slab, int] = {}
         for unit in self._units:
+            if unit.tier is not tier or not unit.param_slab.locks:
+                continue
             slabs = [unit.param_slab, *self._updates.for_device(unit)]
             if unit.in_backward and unit.grad_slab is not None:
                 slabs.append(unit.grad_slab)
-            if unit.param_slab.locks:
-                needs.update(dict.fromkeys(slabs, -1))
-        device.places.needs = needs
+            needs.update(dict.fromkeys(slabs, -1))
         return needs
 
     def _bring(self, unit: Unit, slab: Slab, use: int, phase: Phase) -> bool:
@@ -164,7 +176,7 @@ class Prefetcher:
             self._updates.finish(unit)
         if slab is unit.grad_slab and not unit.grads_wanted():
             return True
-        by_row = slab is unit.param_slab and unit.by_row and self._device is None
+        by_row = slab is unit.param_slab and unit.by_row and unit.tier is None
         if by_row and unit.routed is not None:
             if phase is Phase.FORWARD or unit.saved_rows is None:
                 return True
@@ -183,7 +195,7 @@ class Prefetcher:
             slab = unit.param_slab
             if slab.residency is Residency.HOST and not slab.locks:
                 mover.evict(slab)
-        whole = [unit for unit in units if self._device is not None or not unit.by_row]
+        whole = [unit for unit in units if unit.tier is not None or not unit.by_row]
         slabs = [unit.param_slab for unit in whole]
         before, begun = mover.read_bytes, time.perf_counter()
         mover.next_use = {slab: i for i, slab in enumerate(slabs)}

@@ -10,6 +10,7 @@
 4. Elsewhere its unit is fetched for the one call. ``detach()`` and ``.data`` return an alias
    (alias.py) that does the same at each use. Other results that would share memory with the slab
    are refused, since the slab may leave at any time; ``clone()`` is always possible.
+Where several devices share a model, 2 and 3 bring the parameters to where the other operands are.
 """
 
 from __future__ import annotations
@@ -18,12 +19,21 @@ from typing import Any
 
 import numpy
 import torch
-from torch.utils._pytree import tree_iter, tree_map
+from torch.utils._pytree import tree_iter, tree_map, tree_map_only
 
 from offload.errors import SpilledTensorError
+from offload.tiers import places
 from offload.tiers.alias import SpilledAlias
 from offload.tiers.context import RuntimeContext
-from offload.tiers.unit import OffloadedParam, RowsParameter, SpilledParameter, Unit, owner_of
+from offload.tiers.unit import (
+    OWNER,
+    OffloadedParam,
+    RowsParameter,
+    SpilledParameter,
+    SpreadParameter,
+    Unit,
+    owner_of,
+)
 
 _T = torch.Tensor
 
@@ -105,6 +115,8 @@ def touch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     first = params[0]
     if _has_rows(params, values) and not any(func == whole for whole in _NEED_ALL_ROWS):
         return _plainly(func, args, kwargs)
+    if all(type(v) is SpreadParameter for v in values):
+        return _plainly(func, *_gathered(func, args, kwargs))
     if func is _T.stride:
         return _of_strides(first, args, kwargs)
     if func is _T.is_contiguous:
@@ -164,12 +176,12 @@ def _fetched(
     units = list({param.unit: None for param in params})
     if context.scopes.mine:
         context.join_scope(units)
-        return func(*tree_map(_real, args), **tree_map(_real, kwargs))
+        return _run(context, func, args, kwargs)
     if torch._C._current_graph_task_id() != -1 and torch.is_grad_enabled():
         for unit in units:
             context.gradients.begin_backward(unit)
         with _all_held(context, units), context.saved_hooks():
-            return func(*tree_map(_real, args), **tree_map(_real, kwargs))
+            return _run(context, func, args, kwargs)
     names = ", ".join(param.name for param in params)
     stays = all(context.pointers.stays(unit) for unit in units)
     if func == _SET_DATA or (func in _NEEDS_MEMORY and not stays):
@@ -187,6 +199,37 @@ def _fetched(
             param.param.data_ptr(): v for v in tree_iter((args, kwargs)) if (param := _alias_of(v))
         }
         return tree_map(lambda value: _own_memory(context, func, names, value, whole), result)
+
+
+def _run(context: RuntimeContext, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run `func` on attached parameters: with several devices, where the other operands are."""
+    args, kwargs = tree_map(_real, args), tree_map(_real, kwargs)
+    if len(context.tiers) > 1:
+        args, kwargs = _gathered(func, args, kwargs)
+    return func(*args, **kwargs)
+
+
+def _gathered(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    """Bring parameters to the device of the first operand that is none, or of the first of all.
+
+    So code between modules goes on where its activations are. Gradients flow back. An operation in
+    place needs the parameter itself: it is given the other operands there.
+    """
+    operands = [v for v in tree_iter((args, kwargs)) if isinstance(v, torch.Tensor)]
+    others = [v for v in operands if not hasattr(v, OWNER) and v.dim() > 0]
+    name = getattr(func, "__name__", "")
+    in_place = name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
+    with torch._C.DisableTorchFunctionSubclass():
+        place = places.place_of((operands if in_place else others or operands)[0])
+
+    def bring(value: torch.Tensor) -> torch.Tensor:
+        if hasattr(value, OWNER) or (in_place and value.dim() > 0):
+            with torch._C.DisableTorchFunctionSubclass():
+                return places.moved(value, place)
+        return value
+
+    gathered: tuple[Any, Any] = tree_map_only(torch.Tensor, bring, (args, kwargs))
+    return gathered
 
 
 def _alias_of(value: Any) -> OffloadedParam | None:

@@ -20,6 +20,7 @@ from offload.tiers.uncompiled import uncompiled_later
 if TYPE_CHECKING:
     from offload import _native
     from offload.tiers.context import RuntimeContext
+    from offload.tiers.device_tier import DeviceTier
     from offload.tiers.scopes import RowUse
     from offload.tiers.state_slabs import StateSlabs
 
@@ -44,6 +45,13 @@ class RowsParameter(SpilledParameter):
     """The class of a parameter while only some of its rows are in memory (rows.py)."""
 
 
+class SpreadParameter(SpilledParameter):
+    """The class of a parameter in memory whose module's forward goes from device to device.
+
+    Torch functions come to touch(), which brings it to where the other tensors are.
+    """
+
+
 Consumer = Callable[[Sequence["OffloadedParam"]], None]
 """Applies gradients that are in their unit's slab, and replaces them by SpentGrad."""
 
@@ -61,7 +69,8 @@ def set_consumer(param: torch.Tensor, consumer: Consumer) -> None:
     setattr(param, _CONSUMER, consumer)
 
 
-_OWNER = "_offload_owner"
+OWNER = "_offload_owner"
+"""The attribute of a parameter that a wrapped model has."""
 
 
 def owner_of(param: torch.Tensor) -> OffloadedParam | None:
@@ -70,7 +79,7 @@ def owner_of(param: torch.Tensor) -> OffloadedParam | None:
     Raises:
         SpilledTensorError: the model no longer exists, and the parameter's bytes with it.
     """
-    reference: weakref.ref[OffloadedParam] | None = getattr(param, _OWNER, None)
+    reference: weakref.ref[OffloadedParam] | None = getattr(param, OWNER, None)
     if reference is None:
         return None
     owner = reference()
@@ -138,12 +147,12 @@ class OffloadedParam:
         A weak reference: this object keeps an autograd node, which keeps the parameter, where the
         garbage collector cannot see it.
         """
-        setattr(self.param, _OWNER, weakref.ref(self))
+        setattr(self.param, OWNER, weakref.ref(self))
 
     def let_go(self) -> None:
         """Undo take_over()."""
         self.accumulate_grad = None
-        delattr(self.param, _OWNER)
+        delattr(self.param, OWNER)
 
     def view(self, slab: Slab) -> torch.Tensor:
         """Return this parameter's part of one of its unit's slabs."""
@@ -191,6 +200,8 @@ class Unit:
         holders: blocks outside of the recorded uses that work on its parameters.
         in_backward: its backward has begun and not all of its gradients have arrived.
         attached: its parameters' ``.data`` are the slab's memory.
+        tier: of the device where it is used; None: in host memory.
+        spread: there are several devices, and its module's forward goes from one to another.
         state: its optimizer state; None before the first update, or the masters.
         frozen_masters: the masters of its narrowed parameters, if it is frozen.
         update: the optimizer update in flight, if any.
@@ -234,6 +245,8 @@ class Unit:
         self.holders = 0
         self.in_backward = False
         self.attached = False
+        self.tier: DeviceTier | None = None
+        self.spread = False
         self.update: _native.Transfer | None = None
         self.update_waits = False
         self.update_slabs: list[Slab] = []

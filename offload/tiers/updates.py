@@ -21,7 +21,6 @@ from itertools import starmap
 
 from offload import _native
 from offload.errors import OffloadError
-from offload.tiers.device_tier import DeviceTier
 from offload.tiers.device_updates import DeviceUpdates
 from offload.tiers.eviction import NEVER
 from offload.tiers.mover import Mover
@@ -39,14 +38,11 @@ class Updates:
         on_device: runs jobs on the device; None: there is none.
     """
 
-    def __init__(
-        self, mover: Mover, pipeline: _native.UpdatePipeline, device: DeviceTier | None
-    ) -> None:
-        """No update is pending yet."""
+    def __init__(self, mover: Mover, pipeline: _native.UpdatePipeline, has_devices: bool) -> None:
+        """No update is pending yet; `has_devices`: units are used on devices."""
         self._mover = mover
         self._pipeline = pipeline
-        self._device = device
-        self.on_device = None if device is None else DeviceUpdates(device)
+        self.on_device = DeviceUpdates() if has_devices else None
         self._waiting: dict[Unit, UpdateJob] = {}
         self._submitted: dict[Unit, list[_native.Transfer]] = {}  # those that still wait too
         self.running: dict[Unit, None] = {}
@@ -131,9 +127,10 @@ class Updates:
         """Finish all: afterwards everything is as after an eager step."""
         waiting = self.waiting
         for i, unit in enumerate(waiting):
-            if self._device is not None:  # the next one's copies arrive while this one runs
-                for slab in (s for near in waiting[i : i + 2] for s in self.for_device(near)):
-                    self._device.prefetch(slab, NEVER)
+            for near in waiting[i : i + 2]:  # the next one's copies arrive while this one runs
+                if near.tier is not None:
+                    for slab in self.for_device(near):
+                        near.tier.prefetch(slab, NEVER)
             self.start(unit)
         for unit in list(self.running):
             self.finish(unit)
@@ -145,8 +142,8 @@ class Updates:
             return False
         if not self.on_device.run(job):
             job.on_device = False
-            if self._device is not None:
-                self._device.drop(unit.param_slab)
+            if unit.tier is not None:
+                unit.tier.drop(unit.param_slab)
             return False
         unit.update_slabs = []
         unit.update_waits = False
@@ -164,10 +161,10 @@ class Updates:
         del self._submitted[unit]
 
     def _submit(self, unit: Unit) -> None:
-        if self._device is not None:  # to be changed here
-            self._device.send(self._waiting[unit].grads, to_disk=False)
+        if unit.tier is not None:  # to be changed here
+            unit.tier.send(self._waiting[unit].grads, to_disk=False)
             for slab in (self._waiting[unit].grads, *self._waiting[unit].state):
-                self._device.drop(slab)
+                unit.tier.drop(slab)
         for slab in unit.update_slabs:
             self._mover.settle(slab)
         job = self._waiting[unit].prepare(self._pipeline, self._params(unit.param_slab))

@@ -23,6 +23,7 @@ from torch.utils.hooks import RemovableHandle
 from offload.planner import UnitSpec, smallest_device_budget
 from offload.policy import Policy
 from offload.runtime.resources import Resources
+from offload.tiers.compute_device import CPU
 from offload.tiers.unit import owner_of
 
 
@@ -38,10 +39,10 @@ def has_cuda() -> bool:
 def on_device(device: str, patch: pytest.MonkeyPatch, update: str = "cpu") -> Iterator[None]:
     """Have models compute on `device` within a block: ``Policy.device``, whatever a test gives.
 
-    Wrapped ones have room there for three of their largest units or, with another ``Policy.update``
-    than "cpu", as little as they can.
+    Several are separated by commas. Wrapped ones have room on each for three of their largest
+    units or, with another ``Policy.update`` than "cpu", as little as they can.
     """
-    plan = Resources.__init__
+    plan, names = Resources.__init__, device.split(",")
 
     def plan_with_device(self: Resources, policy: Policy, specs: Sequence[UnitSpec]) -> None:
         flat = [unit.param_bytes + unit.grad_bytes for unit in specs if not unit.nested]
@@ -52,15 +53,15 @@ def on_device(device: str, patch: pytest.MonkeyPatch, update: str = "cpu") -> It
         budget = dataclasses.replace(policy.budget, device=nbytes)
         if is_cuda(device) and policy.activations not in ("keep", "recompute"):
             pytest.skip("activations are not moved from CUDA devices")
-        plan(self, dataclasses.replace(policy, device=device, budget=budget, update=update), specs)
+        plan(self, dataclasses.replace(policy, device=names, budget=budget, update=update), specs)
 
     patch.setattr(Resources, "__init__", plan_with_device)
+    where = [torch.device(n if ":" in n else f"{n}:0") if is_cuda(n) else CPU for n in names]
+    patch.setattr("offload.runtime.wrapped.torch_devices", lambda policy: tuple(where))
     if not is_cuda(device):
         yield
         return
-    where = torch.device(device if ":" in device else f"{device}:0")
-    patch.setattr("offload.runtime.wrapped.torch_device", lambda policy: where)
-    with compared_on(where, patch):
+    with compared_on(where[0], patch):
         yield
 
 

@@ -19,7 +19,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--device",
         default="cpu",
-        help='where models compute, as Policy.device: "simulated:latest" or "cuda", say',
+        help='where models compute, as Policy.device: "simulated:latest" or "cuda", say; '
+        "several, separated by commas, share each model out",
     )
     parser.addoption(
         "--update", default="cpu", help="with --device: where updates run, as Policy.update"

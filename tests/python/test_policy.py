@@ -128,6 +128,42 @@ def test_policies_that_are_refused(arguments: dict[str, Any], name: str) -> None
         Policy(**{"budget": Budget(host=1), **arguments})
 
 
+ON_DEVICE = Budget(host=1, device=1)
+
+
+@pytest.mark.parametrize(
+    ("devices", "why"),
+    [
+        ([], r"Policy\(device=\[\]\): name a device"),
+        (["cuda:0", "cuda:1", "cuda:0"], "'cuda:0' is named twice"),
+        (["cuda", "cuda"], "'cuda' is named twice"),
+        (["cuda:0", "cpu"], "all be CUDA devices, or all simulated"),
+        (["cuda:0", "simulated"], "all be CUDA devices, or all simulated"),
+        (["cpu", "cpu"], "all be CUDA devices, or all simulated"),
+        (["cuda:0", "mps"], r"device=\['cuda:0', 'mps'\]\): expected"),
+        ([["cuda:0"]], "expected"),
+    ],
+)
+def test_lists_of_devices_that_are_refused(devices: Any, why: str) -> None:
+    with pytest.raises(PolicyError, match=why):
+        Policy(budget=ON_DEVICE, device=devices)
+
+
+def test_lists_of_devices() -> None:
+    several = Policy(budget=ON_DEVICE, device=["cuda:0", "cuda:3"])
+    assert several.device_names == ("cuda:0", "cuda:3")
+    assert several.is_cuda
+    assert not several.is_cpu
+    assert several.paces == ()
+    with pytest.raises(PolicyError, match=r"needs Budget\(device="):
+        Policy(budget=Budget(host=1), device=("cuda:0", "cuda:1"))
+    simulated = Policy(budget=ON_DEVICE, device=["simulated", "simulated"])
+    assert (simulated.paces, simulated.is_cuda) == (("timed", "timed"), False)
+    assert Policy(budget=Budget(host=1), device=["cpu"]).is_cpu
+    one = Policy(budget=ON_DEVICE, device=["simulated:latest"])
+    assert one.paces == Policy(budget=ON_DEVICE, device="simulated:latest").paces
+
+
 def test_policy_error_is_a_value_error_of_this_package() -> None:
     assert issubclass(PolicyError, ValueError)
     assert issubclass(PolicyError, OffloadError)

@@ -47,8 +47,9 @@ def break_graphs_alike(plain: nn.Module, wrapped: nn.Module) -> None:
     """Have hooks that are not compiled where the wrapped model has them."""
     nothing = torch.compiler.disable(lambda *args: None)
     for ours, theirs in zip(plain.modules(), wrapped.modules(), strict=True):
-        if theirs._forward_hooks:
+        if theirs._forward_pre_hooks:
             ours.register_forward_pre_hook(nothing)
+        if theirs._forward_hooks:
             ours.register_forward_hook(nothing, always_call=True)
 
 

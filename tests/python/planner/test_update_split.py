@@ -41,7 +41,7 @@ def test_it_is_within_the_largest_unit_of_the_best(
     sizes: list[tuple[int, bool]], rates: UpdateRates
 ) -> None:
     units = [unit(*size) for size in sizes]
-    split = split_updates(units, rates)
+    split = split_updates(units, [rates])
     check(split, units, rates)
     costs = [update_seconds(u, rates) for u in units if u.grad_bytes]
     slack = max((max(c) for c in costs), default=0.0)
@@ -54,13 +54,13 @@ def test_it_is_within_the_largest_unit_of_the_best(
 @settings(max_examples=200, deadline=None)
 def test_units_alike_are_split_the_best_way(count: int, pages: int, rates: UpdateRates) -> None:
     units = [unit(pages)] * count
-    split = split_updates(units, rates)
+    split = split_updates(units, [rates])
     check(split, units, rates)
     assert split.seconds <= best(units, rates) * (1 + 1e-9)
 
 
 def test_both_kinds_are_spread_evenly() -> None:
     rates = UpdateRates(cpu=1e9, kernel=1e12, to_device=0.75e9, to_host=0.75e9)
-    on_device = split_updates([unit(10)] * 12, rates).on_device
+    on_device = split_updates([unit(10)] * 12, [rates]).on_device
     assert len(on_device) == 6
     assert all(1 <= len(on_device & {i, i + 1, i + 2}) <= 2 for i in range(10))

@@ -57,8 +57,7 @@ def wrap(folder: Path, make: t.Model = t.Stack, **options: Any) -> nn.Module:
 
 
 def tier_of(model: nn.Module) -> DeviceTier:
-    tier = wrapped(model).context.device
-    assert tier is not None
+    (tier,) = wrapped(model).context.tiers
     return tier
 
 

@@ -78,8 +78,7 @@ def steps(model: nn.Module, count: int, accumulate: int = 1, **options: Any) -> 
 
 
 def tier_of(model: nn.Module) -> DeviceTier:
-    tier = wrapped(model).context.device
-    assert tier is not None
+    (tier,) = wrapped(model).context.tiers
     return tier
 
 

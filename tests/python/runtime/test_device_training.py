@@ -55,8 +55,7 @@ def train(model: nn.Module, accumulate: int = 2, **options: Any) -> list[float]:
 
 
 def device_of(model: nn.Module) -> DeviceTier:
-    tier = wrapped(model).context.device
-    assert tier is not None
+    (tier,) = wrapped(model).context.tiers
     return tier
 
 

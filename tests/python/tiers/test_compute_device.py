@@ -13,7 +13,7 @@ import offload
 from offload import _native
 from offload.runtime.buffers import MovedBuffers
 from offload.tiers import compute_device
-from offload.tiers.compute_device import CPU, ComputeDevice, torch_device
+from offload.tiers.compute_device import CPU, ComputeDevice, device_title, torch_devices
 from offload.tiers.grad_handle import GradHandle, GradState
 from offload.tiers.unit import OffloadedParam
 
@@ -46,28 +46,40 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     ],
 )
 def test_a_device_by_name(machine: SimpleNamespace, device: Any, index: int) -> None:
-    assert torch_device(policy(device)) == torch.device("cuda", index)
+    assert torch_devices(policy(device)) == (torch.device("cuda", index),)
 
 
 def test_the_simulated_device_is_the_cpu_to_torch() -> None:
-    assert torch_device(policy("simulated")) == CPU
-    assert torch_device(offload.Policy(offload.Budget(host="1GiB"))) == CPU
+    assert torch_devices(policy("simulated")) == (CPU,)
+    assert torch_devices(offload.Policy(offload.Budget(host="1GiB"))) == (CPU,)
 
 
 def test_a_device_that_is_not_there(
     machine: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(offload.PolicyError, match="no such device; torch sees 2"):
-        torch_device(policy("cuda:2"))
+        torch_devices(policy("cuda:2"))
     machine.available = False
     with pytest.raises(offload.PolicyError, match="torch finds no CUDA device"):
-        torch_device(policy("cuda"))
+        torch_devices(policy("cuda"))
     monkeypatch.setattr(torch.version, "cuda", None)
     with pytest.raises(offload.PolicyError, match="is built without CUDA"):
-        torch_device(policy("cuda"))
+        torch_devices(policy("cuda"))
     monkeypatch.setattr(compute_device, "_native", SimpleNamespace(has_cuda=False))
     with pytest.raises(offload.PolicyError, match="nvcc is on PATH"):
-        torch_device(policy("cuda"))
+        torch_devices(policy("cuda"))
+
+
+def test_several_devices_by_name(machine: SimpleNamespace) -> None:
+    both = (torch.device("cuda", 1), torch.device("cuda", 0))
+    assert torch_devices(policy(["cuda", "cuda:0"])) == both
+    with pytest.raises(offload.PolicyError, match="cuda:1 is named twice, once as the current"):
+        torch_devices(policy(["cuda:1", "cuda"]))
+    with pytest.raises(offload.PolicyError, match=r"device='cuda:2'.*torch sees 2"):
+        torch_devices(policy(["cuda:0", "cuda:2"]))
+    assert torch_devices(policy(["simulated"] * 3)) == (CPU,) * 3
+    assert device_title(policy(["cuda:1", "cuda:0"]), 1) == "cuda:0"
+    assert device_title(policy(["simulated"] * 2), 1) == "simulated (1)"
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:", "cuda:x", "cuda:-1", "mps", "", 0])
@@ -176,6 +188,12 @@ def test_buffers_move_and_shared_ones_stay_shared() -> None:
         setattr(model[2], name, torch.ones(2))
     moved.back()
     assert model[0].table is model[1].table is new
+    first = MovedBuffers(model, CPU, {model[0]: torch.device("meta")})
+    assert model[0].table.is_meta
+    assert model[0].table is model[1].table  # on the device of the first
+    assert not model[2].running_mean.is_meta
+    model[0].table = model[1].table = new
+    first.back()
     unmoved = MovedBuffers(model, CPU)
     assert model[0].table is new
     unmoved.back()
