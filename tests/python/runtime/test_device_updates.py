@@ -134,8 +134,7 @@ def context_of(model: nn.Module) -> RuntimeContext:
 
 
 def tier_of(model: nn.Module) -> DeviceTier:
-    tier = context_of(model).device
-    assert tier is not None
+    (tier,) = context_of(model).tiers
     return tier
 
 
