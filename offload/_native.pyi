@@ -33,6 +33,9 @@ class Lease(Buffer):
 def crc32c(lease: Lease, nbytes: int) -> int:
     """Return the CRC32C of the first `nbytes` of `lease`."""
 
+def crc32c_at(address: int, nbytes: int, before: int = 0) -> int:
+    """Return the CRC32C of `nbytes` at `address`, after others whose CRC32C is `before`."""
+
 @final
 class HostArena:
     """All host memory of a wrapped model, under one hard budget."""

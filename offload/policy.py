@@ -171,9 +171,11 @@ class Policy:
         activation_bytes: the part of the host budget for activations. None: half of it with
             "host", a quarter otherwise, or less where the model needs the rest.
         debug: overwrite with NaN whatever memory is given up, so that a use after release shows;
-            compare the CRC32C of what nobody should have changed in memory before it is given up;
-            on a CUDA device, check that every two uses of the same bytes are ordered. A pass over
-            the bytes at each release, and one at each read and write; the values are the same.
+            compare the CRC32C of what nobody should have changed in memory, or on a device, before
+            it is given up, and of what a device was sent and has sent; on a CUDA device, check that
+            every two uses of the same bytes are ordered. A pass over the bytes at each release, and
+            one at each read and write; of copies on a device a copy to the host at either end of
+            their stay, which waits for what was computed. The values are the same.
     """
 
     budget: Budget

@@ -61,6 +61,14 @@ void bind_memory(py::module_& m) {
         return unlocked([&] { return crc32c(lease.data(), nbytes); });
       },
       py::arg("lease"), py::arg("nbytes"), "CRC32C of the first `nbytes` of a lease.");
+  m.def(
+      "crc32c_at",
+      [](std::uintptr_t address, std::uint64_t nbytes, std::uint32_t before) {
+        return unlocked(
+            [&] { return crc32c(reinterpret_cast<const void*>(address), nbytes, before); });
+      },
+      py::arg("address"), py::arg("nbytes"), py::arg("before") = 0,
+      "CRC32C of `nbytes` at `address`, after others whose CRC32C is `before`.");
   py::class_<HostMemory, std::shared_ptr<HostMemory>>(m, "HostArena")
       .def(py::init([](std::uint64_t budget, bool poison, const Pin& pin) {
              HostMemoryOptions options;

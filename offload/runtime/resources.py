@@ -175,7 +175,7 @@ class Resources:
 
     def _device_tier(self, device: ComputeDevice, plan: DevicePlan, mover: Mover) -> DeviceTier:
         home, ring = device.arenas(plan.home_bytes, plan.ring_bytes, self.policy.debug)
-        return DeviceTier(device, home, ring, mover)
+        return DeviceTier(device, home, ring, mover, self.policy.debug)
 
     def _activation_home(self, context: RuntimeContext, space: SwapSpace | None) -> ActivationHome:
         arena = _native.HostArena(self.plan.activation_bytes, self.policy.debug)

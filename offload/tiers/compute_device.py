@@ -152,10 +152,17 @@ class ComputeDevice:
         shape: tuple[int, ...],
         stride: tuple[int, ...],
         dtype: torch.dtype,
+        access: _native.Access = "write",
     ) -> torch.Tensor:
         """Return a tensor over `lease`, with a storage of its own: a use by the compute stream.
 
-        Arguments are as for ``Slab.view``.
+        Args:
+            lease: of this device.
+            offset: as for ``Slab.view``, and so are the next ones.
+            shape: of it.
+            stride: of it.
+            dtype: of it.
+            access: "read": the tensor will not be written to.
         """
         numel = 1
         for size in shape:
@@ -163,7 +170,7 @@ class ComputeDevice:
         if numel == 0:
             return torch.empty_strided(shape, stride, dtype=dtype, device=self.torch)
         self.follow()
-        view = lease.view(offset=offset, nbytes=numel * dtype.itemsize)
+        view = lease.view(access, offset=offset, nbytes=numel * dtype.itemsize)
         if self.torch.type == "cpu":
             return torch.frombuffer(view, dtype=dtype).as_strided(shape, stride)
         flat = torch.as_tensor(view, device=self.torch)

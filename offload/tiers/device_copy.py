@@ -16,6 +16,7 @@ class DeviceCopy:
         arrival: the copy to the device that the compute stream does not wait for yet.
         departure: the copy to the host that it does not wait for yet, before it changes the bytes.
         ahead: the copy is newer than the host slab.
+        checksum: what it holds unless it is ahead, where that is known (device_checksums.py).
     """
 
     def __init__(self, compute: ComputeDevice, lease: _native.DeviceLease) -> None:
@@ -25,6 +26,7 @@ class DeviceCopy:
         self.arrival: _native.DeviceTransfer | None = None
         self.departure: _native.DeviceTransfer | None = None
         self.ahead = False
+        self.checksum: int | None = None
 
     def view(
         self, offset: int, shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype

@@ -29,6 +29,7 @@ from offload import _native
 from offload.errors import BudgetError, OffloadError
 from offload.planner.device_offsets import rounded
 from offload.tiers.compute_device import ComputeDevice
+from offload.tiers.device_checksums import DeviceChecksums
 from offload.tiers.device_copy import DeviceCopy
 from offload.tiers.device_places import DevicePlaces
 from offload.tiers.eviction import NEVER, no_room_there
@@ -58,6 +59,7 @@ class DeviceTier:
         home: _native.DeviceArena | None,
         ring: _native.DeviceArena,
         mover: Mover,
+        debug: bool = False,
     ) -> None:
         """Copy slabs of `mover`, whose arenas are pinned for the device."""
         self._compute = compute
@@ -71,6 +73,7 @@ class DeviceTier:
         self.others: tuple[_native.Device, ...] = ()
         self.name = compute.name
         self._mover = mover
+        self._checksums = DeviceChecksums(debug, compute)
         self._transfers = _native.DeviceTransfers(self.device)
         self._copies: dict[Slab, DeviceCopy] = {}
         self._reading: dict[Slab, _native.DeviceTransfer] = {}
@@ -142,6 +145,7 @@ class DeviceTier:
                 self._mover.settle(slab)  # it takes note of the failure, and raises it
                 raise
             copy.arrival = None
+            self._checksums.note_arrival(slab, copy)
         if change and copy.departure is not None:
             copy.departure.wait_stream("compute")
             copy.departure = None
@@ -277,13 +281,16 @@ class DeviceTier:
 
         if self.is_reading(slab):  # its memory is about to be written, later, by the other stream
             self._reading[slab].wait_stream("d2h")
-        copy.departure = self._mover.receive(slab, start, on_disk)
+        checksum = self._checksums.note_departure(slab, copy)
+        copy.departure = self._mover.receive(slab, start, on_disk, checksum)
         copy.ahead = False
 
     def drop(self, slab: Slab) -> None:
         """Give up the copy of `slab`, if any: it is not current any more, or not needed."""
-        self._copies.pop(slab, None)
+        copy = self._copies.pop(slab, None)
         self.places.note_change(slab)
+        if copy is not None:
+            self._checksums.verify(slab, copy)
 
     # -- changes of the host slab -----------------------------------------------------------------
 
@@ -377,9 +384,10 @@ class DeviceTier:
 
     def _give_up(self, slab: Slab) -> None:
         self._leaving = [left for left in self._leaving if not left[1].issued()]
-        arrival = self._copies.pop(slab).arrival
-        if arrival is not None and not arrival.issued():
-            self._leaving.append((slab, arrival))
+        copy = self._copies.pop(slab)
+        if copy.arrival is not None and not copy.arrival.issued():
+            self._leaving.append((slab, copy.arrival))
+        self._checksums.verify(slab, copy)
 
     def clear(self) -> None:
         """Give up all copies that nobody holds by a lock and that are not ahead."""

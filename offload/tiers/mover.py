@@ -116,6 +116,7 @@ class Mover:
         slab: Slab,
         start: Callable[[_native.Lease], Callable[[], _native.DeviceTransfer]],
         on_disk: bool,
+        checksum: int | None = None,
     ) -> _native.DeviceTransfer:
         """Have a transfer from a device fill `slab`; whatever it held is forgotten.
 
@@ -124,12 +125,14 @@ class Mover:
             start: given that memory, returns what starts the transfer: a C function with its
                 arguments (see _start). It comes after the readers' copies from that memory.
             on_disk: it writes the slab's object too.
+            checksum: CRC32C of what will arrive, if known.
         """
         self._finish(slab)
         self._hold_new(slab)
         if slab.lease is None:
             raise OffloadError(f"{slab.name} is not in memory (internal error)")
         slab.changed_in_flight = not on_disk
+        self._checksums.expect(slab, checksum)
         return self._flights.start(Departure(slab, False, slab.nbytes), start(slab.lease), ())
 
     def read_on(
@@ -419,5 +422,6 @@ class Mover:
         elif slab.lease is not None:
             slab.residency = Residency.HOST
             slab.dirty, slab.changed_in_flight = slab.changed_in_flight, False
+            self._checksums.note_arrival(slab)
         if not slab.dirty and slab.blocks is None:
             self._checksums.note(slab)
