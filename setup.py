@@ -1,11 +1,13 @@
 """Builds ``offload._native`` with the project's one CMake file.
 
 torch is neither imported nor linked: the extension takes (pointer, bytes), so one build serves
-every torch version. Project metadata stands in pyproject.toml.
+every torch version. CMAKE_ARGS, as elsewhere, adds to CMake's command line: "-DOFFLOAD_CUDA=OFF".
+Project metadata stands in pyproject.toml.
 """
 
 from __future__ import annotations
 
+import os
 import platform
 import shlex
 import subprocess
@@ -55,6 +57,7 @@ class CMakeBuild(build_ext):
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={module_dir}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]
         build = [cmake_exe, "--build", str(build_dir), "--target", target]
         for command in (configure, build):
