@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike, fspath
-from typing import Literal
+from typing import Literal, NoReturn
 
 from offload.errors import PolicyError
 
@@ -27,6 +27,7 @@ _SIMULATED: dict[str, Pace] = {
     "simulated": "timed",
     "simulated:latest": "latest",
     "simulated:earliest": "earliest",
+    "simulated:unified": "latest",
 }
 ACTIVATIONS = ("keep", "host", "disk", "recompute", "auto")
 """What ``Policy.activations`` may be."""
@@ -77,7 +78,8 @@ class Budget:
         disk: bytes of the swap directory; None: what the filesystem has.
         device: bytes of the device's memory for parameters and gradients in use, and for optimizer
             state where updates run there; refused while ``Policy.device`` is "cpu", where the
-            device is the host.
+            device is the host. Not used, and may be left out, where the device's memory is the
+            host's.
     """
 
     host: int | str
@@ -120,7 +122,10 @@ class Policy:
             Inputs are the user's to move, updates are done on the host. "simulated" is a device
             without one, for tests of offload: memory apart from the host's, copies that are done
             late, and a check that nothing is used without waiting for it; "simulated:latest" ends
-            copies as late as CUDA may, "simulated:earliest" at once.
+            copies as late as CUDA may, "simulated:earliest" at once; "simulated:unified" has the
+            host's memory. Where a GPU has it too (integrated, with registered host memory at the
+            same addresses), nothing is copied: tensors lie on the memory of ``Budget(host=...)``,
+            and updates run on the CPU.
         swap_dir: directory on the disk to spill to; it must exist. Several directories, on disks of
             their own, are striped in proportion to their rates. None: nothing may be spilled, and
             a model that does not fit into the host budget is refused.
@@ -198,11 +203,8 @@ class Policy:
                 f'Policy(device={self.device!r}): expected "cpu", "cuda" or "cuda:N"; other '
                 "devices are not supported"
             )
-        if device != "cpu" and self.budget.device is None:
-            raise PolicyError(
-                f"Policy(device={device!r}) needs Budget(device=...): the bytes of its memory "
-                "that offload may use"
-            )
+        if self.pace is not None and not self.is_unified and self.budget.device is None:
+            self.refuse_without_device_budget()
         if device == "cpu" and self.budget.device is not None:
             raise PolicyError(
                 'Budget(device=...) has no meaning with Policy(device="cpu"): device and host are '
@@ -280,6 +282,18 @@ class Policy:
         """``device`` as a string, as torch prints it."""
         return str(self.device)
 
+    def refuse_without_device_budget(self) -> NoReturn:
+        """Raise PolicyError: the device has memory apart from the host's."""
+        raise PolicyError(
+            f"Policy(device={self.device_name!r}) needs Budget(device=...): the bytes of its "
+            "memory that offload may use"
+        )
+
+    @property
+    def is_unified(self) -> bool:
+        """Whether the compute is on a simulated device with the host's memory."""
+        return self.device_name == "simulated:unified"
+
     @property
     def is_cuda(self) -> bool:
         """Whether the compute is on a CUDA device."""
@@ -315,6 +329,8 @@ class Policy:
         if self.max_unit_bytes is not None:
             return parse_bytes(self.max_unit_bytes, "Policy(max_unit_bytes=...)")
         if self.device_name == "cpu":
+            return self.budget.host_bytes // 24
+        if not self.budget.device_bytes:
             return self.budget.host_bytes // 24
         share = 6 if self.update == "cpu" else 16
         return min(self.budget.host_bytes // 24, self.budget.device_bytes // share)

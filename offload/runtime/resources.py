@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from offload import _native
-from offload.errors import OffloadError
+from offload.errors import OffloadError, PolicyError
 from offload.planner import (
     DevicePlan,
     DiskSpec,
@@ -19,13 +19,14 @@ from offload.planner import (
 )
 from offload.policy import Policy, parse_bytes
 from offload.tiers.activation_home import ActivationHome
-from offload.tiers.compute_device import ComputeDevice, torch_device
+from offload.tiers.compute_device import ComputeDevice, shares_memory, torch_device
 from offload.tiers.context import RuntimeContext
 from offload.tiers.device_tier import DeviceTier
 from offload.tiers.disk_profile import DiskProfile
 from offload.tiers.mover import Mover
 from offload.tiers.state_home import page_bytes
 from offload.tiers.swap_space import SwapSpace, profile_disks, store_memory
+from offload.tiers.unified_tier import UnifiedTier
 from offload.tiers.update_rates import measure_update_rates
 from offload.tiers.update_staging import open_pipeline
 
@@ -45,6 +46,13 @@ class Resources:
         self.policy = policy
         self.profiles: tuple[DiskProfile, ...] = ()
         self.update_note = ""
+        self.torch_device = torch_device(policy)
+        self._unified = shares_memory(policy, self.torch_device)
+        if self._unified and policy.update == "device":
+            raise PolicyError(
+                f'Policy(update="device"): {policy.device_name} has the host\'s memory, where '
+                'updates run on the CPU; use update="auto" or "cpu"'
+            )
         must_spill = policy.budget.host_bytes < smallest_budget(specs, None)
         if must_spill or policy.moves_activations:
             self.profiles = profile_disks(policy)
@@ -58,14 +66,13 @@ class Resources:
             updates,
         )
         self.device_plan: DevicePlan | None = None
-        self.torch_device = torch_device(policy)
-        if policy.device_name != "cpu":
+        if policy.device_name != "cpu" and not self._unified:
             self.device_plan = place_on_device(specs, policy.budget.device_bytes, updates)
 
     def _may_update_on_device(self, specs: Sequence[UnitSpec], disk: DiskSpec | None) -> bool:
         """Whether updates are to run on the device; with "auto" where there is room for that."""
         policy = self.policy
-        if policy.update != "auto" or policy.device_name == "cpu":
+        if policy.update != "auto" or policy.device_name == "cpu" or self._unified:
             return policy.update == "device"
         host = smallest_budget(specs, disk, True) + self._activation_bytes(specs, disk, True)
         device = smallest_device_budget(specs, True)
@@ -163,6 +170,9 @@ class Resources:
         return split.on_device
 
     def _device_tier(self, device: ComputeDevice, mover: Mover) -> DeviceTier:
+        if self._unified:
+            arenas = (mover.home, mover.ring)
+            return UnifiedTier(device, [arena for arena in arenas if arena is not None], mover)
         plan = self.device_plan
         if plan is None:
             raise OffloadError("nothing was planned for the device (internal error)")

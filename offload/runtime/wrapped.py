@@ -262,8 +262,11 @@ class WrappedModel:
             notes = (*notes, *self.context.weight_files.notes)
         if self._update_note:
             notes = (*notes, self._update_note)
-        if self.context.device is not None:
-            places = self.context.device.places
+        device = self.context.device
+        if device is not None and device.shares_memory:
+            notes = (*notes, f"{device.device.name} has the host's memory: nothing is copied to it")
+        elif device is not None:
+            places = device.places
             found = (
                 f"{places.planned} copies to planned places, {places.searched} to where was room"
             )

@@ -52,6 +52,21 @@ def torch_device(policy: Policy) -> torch.device:
     return torch.device("cuda", index)
 
 
+def shares_memory(policy: Policy, device: torch.device) -> bool:
+    """Whether the device of `policy`, which is torch's `device`, has the host's memory.
+
+    Raises:
+        PolicyError: it has not, and there is no budget for it.
+        UnsupportedError, DeviceError: the driver refuses to tell.
+    """
+    unified = policy.is_unified
+    if policy.is_cuda:
+        unified = _native.cuda_host_access(device.index)["unified"]
+    if not unified and policy.device_name != "cpu" and policy.budget.device is None:
+        policy.refuse_without_device_budget()
+    return unified
+
+
 class ComputeDevice:
     """A device with memory apart from the host's.
 
@@ -75,7 +90,9 @@ class ComputeDevice:
             UnsupportedError, DeviceError: the driver refuses.
         """
         if policy.pace is not None:
-            native = _native.simulated_device(policy.budget.device_bytes, pace=policy.pace)
+            nbytes = policy.budget.device_bytes or 1
+            unified = policy.is_unified
+            native = _native.simulated_device(nbytes, pace=policy.pace, unified=unified)
         elif policy.is_cuda:
             native = _native.cuda_device(device.index, check=policy.debug)
         else:

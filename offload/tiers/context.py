@@ -86,7 +86,8 @@ class RuntimeContext:
         self.weight_files: WeightFiles | None = None
         self.updates = Updates(mover, pipeline, device)
         self.device_units: frozenset[int] = frozenset()
-        self.prefetcher = Prefetcher(plan, mover, self.updates, device)
+        copies_to = None if device is None or device.shares_memory else device
+        self.prefetcher = Prefetcher(plan, mover, self.updates, copies_to)
         self.units: list[Unit] = []
         self.gradients = Gradients(self)
         self.scopes = ForwardScopes()

@@ -44,11 +44,14 @@ class DeviceTier:
 
     Attributes:
         device: the core's.
+        shares_memory: with the host.
         places: where in the ring the copies go.
         next_use: position of each slab's next use among the predicted uses.
         held: slabs whose copies an update is about to use.
         relieve: makes a user of memory let go; False when there is none.
     """
+
+    shares_memory = False
 
     def __init__(
         self,
@@ -260,8 +263,9 @@ class DeviceTier:
                 object=swap_object or 0,
             )
 
-        if self.is_reading(slab):  # its memory is about to be written, later, by the other stream
-            self._reading[slab].wait_stream("d2h")
+        reading = self._reading.get(slab)
+        if reading is not None:  # its memory is about to be written, later, by the other stream
+            reading.wait_stream("d2h")
         copy.departure = self._mover.receive(slab, start, on_disk)
         copy.ahead = False
 
@@ -286,6 +290,9 @@ class DeviceTier:
         if transfer is not None and transfer.done():
             del self._reading[slab]
         return slab in self._reading
+
+    def leave(self, slab: Slab) -> None:
+        """The host slab gives up its memory; a copy that is current stays so."""
 
     def end_one(self) -> bool:
         """See the oldest copy from host memory end; False when there is none.
