@@ -263,9 +263,9 @@ class DeviceTier:
                 object=swap_object or 0,
             )
 
-        reading = self._reading.get(slab)
-        if reading is not None:  # its memory is about to be written, later, by the other stream
-            reading.wait_stream("d2h")
+        # Its memory is about to be written, later, by the other stream.
+        if self.is_reading(slab) and slab in self._reading:
+            self._reading[slab].wait_stream("d2h")
         copy.departure = self._mover.receive(slab, start, on_disk)
         copy.ahead = False
 
