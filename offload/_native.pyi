@@ -91,6 +91,9 @@ class Device:
     @property
     def computes_on_host(self) -> bool:
         """Whether torch's CPU operators compute on this device's memory."""
+    @property
+    def host_access(self) -> dict[str, bool]:
+        """How it gets at the host's memory, as cuda_host_access tells."""
 
     def memory_info(self) -> tuple[int, int]:
         """Return the bytes that are free, and all."""
@@ -171,15 +174,25 @@ def simulated_device(
     delay_s: float = 0.0,
     bytes_per_s: float = 0.0,
     check: bool = True,
+    unified: bool = False,
 ) -> Device:
     """Return a device without one, which obeys CUDA's rules of order.
 
     The destination of a copy that has not ended is filled with 0xFF bytes, its source is read when
     it ends. `pace` says when that is: "timed" takes `delay_s` and `bytes_per_s` (0: no limit) for
-    each copy, "earliest" ends it at once, "latest" not before somebody waits for it.
+    each copy, "earliest" ends it at once, "latest" not before somebody waits for it. With
+    `unified`, host memory that is pinned for it is its memory too.
     """
 
 has_cuda: bool  # whether this build has CUDA
+
+def cuda_host_access(index: int) -> dict[str, bool]:
+    """Return how a GPU gets at the host's memory.
+
+    "integrated": its memory is the host's; "same_address": pinned host memory has its address there
+    too; "unified": both, so nothing needs to be copied; "pageable": it can use memory that is not
+    pinned, "by_host_tables": with the host's page tables. Raises as cuda_device does.
+    """
 
 def cuda_device(index: int = 0, *, check: bool = False) -> Device:
     """Return a GPU; raises UnsupportedError where this build or machine has none."""
@@ -219,6 +232,16 @@ class DeviceLease:
     def note_use(self, event: Event) -> None:
         """Let nobody else use the range before `event`."""
 
+    @property
+    def is_open(self) -> bool:
+        """Whether a view of it lives."""
+
+    def is_idle(self) -> bool:
+        """Whether no view of it lives, and all uses have ended; then the host comes after them."""
+
+    def wait_for_uses(self) -> None:
+        """Wait until all that was submitted to use it has ended."""
+
     def use(self, stream: Stream, access: Access) -> None:
         """Declare to the checker that work submitted to the stream now uses the lease."""
 
@@ -257,6 +280,12 @@ class DeviceArena:
     def try_allocate_at(self, offset: int, nbytes: int, label: str = "") -> DeviceLease | None:
         """Return a lease of a planned range, or None when a part of it is in use or outside."""
 
+    @staticmethod
+    def over_host(device: Device, memory: HostArena) -> DeviceArena:
+        """Return an arena over all of `memory`, which is pinned for `device` and its memory too."""
+
+    @property
+    def address(self) -> int: ...
     @property
     def device(self) -> Device: ...
     def usage(self) -> dict[str, int]:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike, fspath
-from typing import Literal
+from typing import Literal, NoReturn
 
 from offload.errors import PolicyError
 
@@ -27,6 +27,7 @@ _SIMULATED: dict[str, Pace] = {
     "simulated": "timed",
     "simulated:latest": "latest",
     "simulated:earliest": "earliest",
+    "simulated:unified": "latest",
 }
 ACTIVATIONS = ("keep", "host", "disk", "recompute", "auto")
 """What ``Policy.activations`` may be."""
@@ -77,7 +78,8 @@ class Budget:
         disk: bytes of the swap directory; None: what the filesystem has.
         device: bytes of the device's memory for parameters and gradients in use, and for optimizer
             state where updates run there; of each device's, where there are several. Refused while
-            ``Policy.device`` is "cpu", where the device is the host.
+            ``Policy.device`` is "cpu", where the device is the host. Not used, and may be left out,
+            where the device's memory is the host's.
     """
 
     host: int | str
@@ -120,11 +122,13 @@ class Policy:
             Inputs are the user's to move, updates are done on the host. "simulated" is a device
             without one, for tests of offload: memory apart from the host's, copies that are done
             late, and a check that nothing is used without waiting for it; "simulated:latest" ends
-            copies as late as CUDA may, "simulated:earliest" at once. A list, as
-            ``["cuda:0", "cuda:1"]``, shares the model out: each device gets a run of blocks that
-            follow each other, about as many bytes as the others, and each has all of
-            ``Budget(device=...)`` for them. What a block's forward is given is moved to its device;
-            what the model's returns, to that of its first input.
+            copies as late as CUDA may, "simulated:earliest" at once; "simulated:unified" has the
+            host's memory. Where a GPU has it too (integrated, with registered host memory at the
+            same addresses), nothing is copied: tensors lie on the memory of ``Budget(host=...)``,
+            and updates run on the CPU. A list, as ``["cuda:0", "cuda:1"]``, shares the model out:
+            each device gets a run of blocks that follow each other, about as many bytes as the
+            others, and each has all of ``Budget(device=...)`` for them. What a block's forward is
+            given is moved to its device; what the model's returns, to that of its first input.
         swap_dir: directory on the disk to spill to; it must exist. Several directories, on disks of
             their own, are striped in proportion to their rates. None: nothing may be spilled, and
             a model that does not fit into the host budget is refused.
@@ -253,10 +257,10 @@ class Policy:
         twice = [name for name in names if names.count(name) > 1]
         if self.is_cuda and twice:
             raise PolicyError(f"{what}: {twice[0]!r} is named twice")
-        if not self.is_cpu and self.budget.device is None:
-            raise PolicyError(
-                f"{what} needs Budget(device=...): the bytes of its memory that offload may use"
-            )
+        if len(names) > 1 and "simulated:unified" in names:
+            raise PolicyError(f"{what}: a device with the host's memory can only be the only one")
+        if self.paces and not self.is_unified and self.budget.device is None:
+            self.refuse_without_device_budget()
         if self.is_cpu and self.budget.device is not None:
             raise PolicyError(
                 'Budget(device=...) has no meaning with Policy(device="cpu"): device and host are '
@@ -305,6 +309,18 @@ class Policy:
         """Whether the compute is in host memory."""
         return self.device_names == ("cpu",)
 
+    def refuse_without_device_budget(self) -> NoReturn:
+        """Raise PolicyError: the device has memory apart from the host's."""
+        raise PolicyError(
+            f"Policy(device={self.device!r}) needs Budget(device=...): the bytes of its memory "
+            "that offload may use"
+        )
+
+    @property
+    def is_unified(self) -> bool:
+        """Whether the compute is on a simulated device with the host's memory."""
+        return self.device_names == ("simulated:unified",)
+
     @property
     def is_cuda(self) -> bool:
         """Whether the compute is on CUDA devices."""
@@ -339,7 +355,7 @@ class Policy:
         """Bytes above which an automatically found unit is split."""
         if self.max_unit_bytes is not None:
             return parse_bytes(self.max_unit_bytes, "Policy(max_unit_bytes=...)")
-        if self.is_cpu:
+        if not self.budget.device_bytes:
             return self.budget.host_bytes // 24
         share = 6 if self.update == "cpu" else 16
         return min(self.budget.host_bytes // 24, self.budget.device_bytes // share)

@@ -57,6 +57,7 @@ class DeviceView {
     } else {
       device.note_error(end.status());
     }
+    lease_->close_use();  // whoever finds it closed finds the event
   }
 
   Device& device() const { return *lease_->device(); }
@@ -70,7 +71,9 @@ class DeviceView {
         kind_(kind),
         offset_(offset),
         nbytes_(nbytes),
-        stream_(lease_->device()->compute_stream()) {}
+        stream_(lease_->device()->compute_stream()) {
+    lease_->open_use();
+  }
 
   const std::shared_ptr<DeviceLease> lease_;
   const AccessKind kind_;
@@ -108,12 +111,18 @@ Status check_copy(const DeviceLease& device, std::uint64_t device_offset, const 
                            " on the device from " + std::to_string(device_offset));
 }
 
-// Looks for signals (Ctrl-C) ten times a second.
-void synchronize(Device& device, const Event& event) {
+// Calls `wait`, which takes milliseconds, until it says that it is over. Looks for signals (Ctrl-C)
+// ten times a second.
+template <typename Wait>
+void until_over(const Wait& wait) {
   while (true) {
-    if (take(unlocked([&] { return device.wait_for(event, 100, Waiter::kCaller); }))) return;
+    if (take(unlocked([&] { return wait(100U); }))) return;
     if (PyErr_CheckSignals() != 0) throw py::error_already_set();
   }
+}
+
+void synchronize(Device& device, const Event& event) {
+  until_over([&](unsigned ms) { return device.wait_for(event, ms, Waiter::kCaller); });
 }
 
 py::dict stats_dict(const Device& device) {
@@ -128,6 +137,16 @@ py::dict stats_dict(const Device& device) {
   d["waits"] =
       py::cast(std::map<std::string, std::uint64_t>(stats.waits.begin(), stats.waits.end()));
   d["conflicts"] = device.conflicts();
+  return d;
+}
+
+py::dict host_access_dict(const Device::HostAccess& access) {
+  py::dict d;
+  d["integrated"] = access.integrated;
+  d["same_address"] = access.same_address;
+  d["pageable"] = access.pageable;
+  d["by_host_tables"] = access.by_host_tables;
+  d["unified"] = access.unified();
   return d;
 }
 
@@ -146,6 +165,9 @@ void bind_devices(py::module_& m) {
   py::class_<Device, std::shared_ptr<Device>>(m, "Device")
       .def_property_readonly("name", &Device::name)
       .def_property_readonly("computes_on_host", &Device::computes_on_host)
+      .def_property_readonly(
+          "host_access",
+          [](const Device& device) { return host_access_dict(device.host_access()); })
       .def("memory_info",
            [](Device& device) {
              const Device::MemoryInfo info = take(unlocked([&] { return device.memory_info(); }));
@@ -236,15 +258,22 @@ void bind_devices(py::module_& m) {
   m.def(
       "simulated_device",
       [](std::uint64_t memory_bytes, const std::string& pace, double delay_s, double bytes_per_s,
-         bool checks) {
+         bool checks, bool unified) {
         return take(make_simulated_device({.memory_bytes = memory_bytes,
                                            .pace = pace_of(pace),
                                            .delay_s = delay_s,
                                            .bytes_per_s = bytes_per_s,
-                                           .check = checks}));
+                                           .check = checks,
+                                           .unified = unified}));
       },
       py::arg("memory_bytes"), py::kw_only(), py::arg("pace") = "timed", py::arg("delay_s") = 0.0,
-      py::arg("bytes_per_s") = 0.0, py::arg("check") = true);
+      py::arg("bytes_per_s") = 0.0, py::arg("check") = true, py::arg("unified") = false);
+  m.def(
+      "cuda_host_access",
+      [](int index) {
+        return host_access_dict(take(unlocked([&] { return cuda_host_access(index); })));
+      },
+      py::arg("index"));
   m.attr("has_cuda") = cuda_devices_in_this_build();
   m.def(
       "cuda_device",
@@ -283,6 +312,15 @@ void bind_device_memory(py::module_& m) {
           "note_use",
           [](DeviceLease& lease, const BoundEvent& event) { lease.note_use(event.event); },
           py::arg("event"))
+      .def("wait_for_uses",
+           [](DeviceLease& lease) {
+             until_over([&](unsigned ms) { return lease.wait_for_uses(ms); });
+           })
+      .def_property_readonly("is_open", &DeviceLease::is_open)
+      .def("is_idle",
+           [](DeviceLease& lease) {
+             return !lease.is_open() && take(unlocked([&] { return lease.wait_for_uses(0); }));
+           })
       .def(
           "use",
           [](const DeviceLease& lease, const std::string& stream, const std::string& access) {
@@ -317,6 +355,16 @@ void bind_device_memory(py::module_& m) {
           },
           py::arg("device"), py::arg("address"), py::arg("nbytes"), py::arg("owner"),
           py::arg("poison") = false)
+      .def_static(
+          "over_host",
+          [](std::shared_ptr<Device> device, const std::shared_ptr<HostMemory>& memory) {
+            return take(unlocked([&]() -> Result<std::shared_ptr<DeviceArena>> {
+              Result<DeviceMemory> adopted = device->adopt_host(memory);
+              if (!adopted.is_ok()) return adopted.status();
+              return DeviceArena::create_over(device, adopted.take());
+            }));
+          },
+          py::arg("device"), py::arg("memory"))
       .def(
           "try_allocate",
           [](DeviceArena& arena, std::uint64_t nbytes,
@@ -344,6 +392,9 @@ void bind_device_memory(py::module_& m) {
           },
           py::arg("offset"), py::arg("nbytes"), py::arg("label") = "")
       .def_property_readonly("device", [](const DeviceArena& arena) { return arena.device(); })
+      .def_property_readonly(
+          "address",
+          [](const DeviceArena& arena) { return reinterpret_cast<std::uintptr_t>(arena.base()); })
       .def("usage", [](const DeviceArena& arena) {
         const DeviceArena::Usage usage = arena.usage();
         py::dict d;

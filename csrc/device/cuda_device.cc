@@ -101,6 +101,31 @@ class CudaEvent final : public DeviceEvent {
   const std::shared_ptr<EventPool> pool_;
 };
 
+Result<Device::HostAccess> read_host_access(int index) {
+  Device::HostAccess access;
+  const std::pair<cudaDeviceAttr, bool*> attributes[] = {
+      {cudaDevAttrIntegrated, &access.integrated},
+      {cudaDevAttrCanUseHostPointerForRegisteredMem, &access.same_address},
+      {cudaDevAttrPageableMemoryAccess, &access.pageable},
+      {cudaDevAttrPageableMemoryAccessUsesHostPageTables, &access.by_host_tables},
+  };
+  for (const auto& [attribute, answer] : attributes) {
+    int value = 0;
+    OFFLOAD_RETURN_IF_ERROR(
+        cuda_status(cudaDeviceGetAttribute(&value, attribute, index), "cudaDeviceGetAttribute"));
+    *answer = value != 0;
+  }
+  return access;
+}
+
+Status check_index(int index) {
+  int count = 0;
+  OFFLOAD_RETURN_IF_ERROR(cuda_status(cudaGetDeviceCount(&count), "cudaGetDeviceCount"));
+  if (index >= 0 && index < count) return Status::ok();
+  return Status::error(Code::kInvalid, "there is no CUDA device " + std::to_string(index) +
+                                           "; there are " + std::to_string(count));
+}
+
 class CudaDevice final : public Device {
  public:
   CudaDevice(int index, bool check) : Device(check), index_(index) {}
@@ -116,12 +141,10 @@ class CudaDevice final : public Device {
   }
 
   Status open() {
-    int count = 0;
-    OFFLOAD_RETURN_IF_ERROR(cuda_status(cudaGetDeviceCount(&count), "cudaGetDeviceCount"));
-    if (index_ < 0 || index_ >= count) {
-      return Status::error(Code::kInvalid, "there is no CUDA device " + std::to_string(index_) +
-                                               "; there are " + std::to_string(count));
-    }
+    OFFLOAD_RETURN_IF_ERROR(check_index(index_));
+    const Result<HostAccess> access = read_host_access(index_);
+    if (!access.is_ok()) return access.status();
+    host_access_ = access.value();
     cudaDeviceProp properties{};
     OFFLOAD_RETURN_IF_ERROR(
         cuda_status(cudaGetDeviceProperties(&properties, index_), "cudaGetDeviceProperties"));
@@ -141,6 +164,7 @@ class CudaDevice final : public Device {
 
   std::string name() const override { return name_; }
   bool computes_on_host() const override { return false; }
+  HostAccess host_access() const override { return host_access_; }
 
  protected:
   std::shared_ptr<MemoryRegistrar> do_registrar() const override { return registrar_; }
@@ -284,12 +308,19 @@ class CudaDevice final : public Device {
 
   const int index_;
   std::string name_;                              // constant after open()
+  HostAccess host_access_;                        // likewise
   std::shared_ptr<CudaRegistrar> registrar_;      // likewise
   std::array<cudaStream_t, kStreams> streams_{};  // likewise, but for kCompute
   std::shared_ptr<EventPool> events_ = std::make_shared<EventPool>(index_);
 };
 
 }  // namespace
+
+Result<Device::HostAccess> cuda_host_access(int index) {
+  OFFLOAD_RETURN_IF_ERROR(check_cuda_device());
+  OFFLOAD_RETURN_IF_ERROR(check_index(index));
+  return read_host_access(index);
+}
 
 Result<std::shared_ptr<Device>> make_cuda_device(int index, bool check) {
   OFFLOAD_RETURN_IF_ERROR(check_cuda_device());
@@ -304,7 +335,11 @@ Result<std::shared_ptr<Device>> make_cuda_device(int index, bool check) {
 
 namespace offload {
 
-// Says why, which is that this build has no CUDA.
+// Both say why, which is that this build has no CUDA.
+Result<Device::HostAccess> cuda_host_access(int) {
+  return check_cuda_device();
+}
+
 Result<std::shared_ptr<Device>> make_cuda_device(int, bool) {
   return check_cuda_device();
 }

@@ -15,6 +15,9 @@ namespace offload {
 // Whether this build has CUDA at all.
 bool cuda_devices_in_this_build();
 
+// How the device with this index gets at the host's memory. Errors: those of make_cuda_device().
+Result<Device::HostAccess> cuda_host_access(int index);
+
 // kUnsupported in a build without CUDA or where no device can be used; kInvalid when there is none
 // with this index.
 Result<std::shared_ptr<Device>> make_cuda_device(int index, bool check = false);

@@ -173,6 +173,18 @@ Result<DeviceMemory> Device::adopt(std::byte* data, std::uint64_t nbytes,
   return DeviceMemory(shared_from_this(), data, nbytes);
 }
 
+Result<DeviceMemory> Device::adopt_host(const std::shared_ptr<HostMemory>& memory) {
+  if (!host_access().unified()) {
+    return Status::error(Code::kInvalid, name() + " has memory apart from the host's");
+  }
+  const Result<Lock> lock = enter("use of host memory");
+  if (!lock.is_ok()) return lock.status();
+  const Result<const HostRange*> range = in_host(memory->base(), memory->capacity());
+  if (!range.is_ok()) return range.status();
+  memory_.push_back({memory->base(), memory->capacity(), memory, true});
+  return DeviceMemory(shared_from_this(), memory->base(), memory->capacity());
+}
+
 void Device::free(std::byte* data, std::uint64_t nbytes) {
   if (!owner_.is_current()) return;
   const Status drained = do_drain();
@@ -206,8 +218,10 @@ Status Device::copy_between(Direction direction, std::byte* dst, const std::byte
   const Result<const HostRange*> range = in_host(host, nbytes);
   if (!range.is_ok()) return range.status();
   const Access accesses[] = {{src, nbytes, AccessKind::kRead}, {dst, nbytes, AccessKind::kWrite}};
-  OFFLOAD_RETURN_IF_ERROR(
-      checked(stream, accesses, to_device ? "copy to the device" : "copy to the host", label));
+  const std::span<const Access> all(accesses);
+  OFFLOAD_RETURN_IF_ERROR(checked(stream, all.first(src == dst ? 1 : 2),
+                                  to_device ? "copy to the device" : "copy to the host", label));
+  if (src == dst) return Status::ok();  // the memory of both
   const auto offset = static_cast<std::uint64_t>(host - range.value()->base);
   return split_copy(offset, nbytes, range.value()->step, [&](std::uint64_t at, std::uint64_t part) {
     OFFLOAD_RETURN_IF_ERROR(do_copy(direction, dst + at, src + at, part, stream));

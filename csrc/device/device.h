@@ -55,6 +55,15 @@ class Device : public std::enable_shared_from_this<Device> {
     std::uint64_t free = 0;
     std::uint64_t total = 0;
   };
+  // How the device gets at the host's memory, as its driver has it.
+  struct HostAccess {
+    bool integrated = false;      // its memory is the host's: one chip, or one package
+    bool same_address = false;    // registered host memory has the address there that it has here
+    bool pageable = false;        // it can use memory that is not registered
+    bool by_host_tables = false;  // with the host's page tables
+    // No bytes need to be copied: what is registered is memory of both.
+    bool unified() const { return integrated && same_address; }
+  };
   struct Stats {
     std::uint64_t h2d_bytes = 0;
     std::uint64_t d2h_bytes = 0;
@@ -73,6 +82,7 @@ class Device : public std::enable_shared_from_this<Device> {
   // Whether the CPU can use the device's addresses, so that the compute stream is the caller's own
   // thread: the operations that the caller runs on them happen there and then.
   virtual bool computes_on_host() const = 0;
+  virtual HostAccess host_access() const = 0;
   // Page-locks arenas for this device. Before a range is unregistered, all copies are waited for:
   // an arena may go while some are in flight.
   std::shared_ptr<MemoryRegistrar> registrar();
@@ -87,6 +97,10 @@ class Device : public std::enable_shared_from_this<Device> {
   // gone and all that was submitted is done. kInvalid when it is not this device's, or known
   // already.
   Result<DeviceMemory> adopt(std::byte* data, std::uint64_t nbytes, std::shared_ptr<void> owner);
+  // The same of a host memory that is this device's too; a copy from it to itself moves nothing,
+  // and counts as a read of it. kInvalid when it is not registered here, or the device has memory
+  // apart.
+  Result<DeviceMemory> adopt_host(const std::shared_ptr<HostMemory>& memory);
   // Copies may name this memory, for as long as it exists.
   void add_host_memory(const std::shared_ptr<HostMemory>& memory);
 

@@ -226,6 +226,25 @@ void DeviceLease::note_use(const Event& event) {
   keep_latest(uses_, event);
 }
 
+Result<bool> DeviceLease::wait_for_uses(unsigned milliseconds) {
+  StreamEvents uses = former_;
+  if (is_open()) {
+    const Result<Event> so_far = device()->record(StreamId::kCompute);
+    if (!so_far.is_ok()) return so_far.status();
+    keep_latest(uses, so_far.value());
+  }
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    keep_latest(uses, uses_);
+  }
+  for (const Event& event : uses) {
+    if (event == nullptr) continue;
+    Result<bool> ended = device()->wait_for(event, milliseconds, Waiter::kCaller);
+    if (!ended.is_ok() || !ended.value()) return ended;
+  }
+  return true;
+}
+
 Status DeviceLease::use(StreamId stream, AccessKind kind) const {
   return device()->use(stream, {data(), nbytes_, kind}, label_);
 }

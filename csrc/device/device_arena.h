@@ -17,6 +17,7 @@
 #pragma once
 
 #include <array>
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <map>
@@ -119,6 +120,13 @@ class DeviceLease {
   Status acquire(StreamId stream);
   // The range may not be used by anybody else before `event`.
   void note_use(const Event& event);
+  // A use of the compute stream that lasts begins, or has ended.
+  void open_use() { ++open_; }
+  void close_use() { --open_; }
+  bool is_open() const { return open_ > 0; }
+  // Stops the host until all uses so far have ended, those of former owners too, for at most
+  // `milliseconds`; false when that was not enough. Of one that lasts, what was submitted so far.
+  Result<bool> wait_for_uses(unsigned milliseconds);
   // Declares a use to the checker of the device.
   Status use(StreamId stream, AccessKind kind) const;
 
@@ -132,6 +140,7 @@ class DeviceLease {
   const std::uint64_t nbytes_;
   const std::string label_;
   const StreamEvents former_;
+  std::atomic<int> open_{0};
 
   std::mutex mutex_;  // guards all below
   std::array<bool, kStreams> acquired_{};

@@ -113,6 +113,9 @@ class SimulatedDevice final : public Device {
 
   std::string name() const override { return "the simulated device"; }
   bool computes_on_host() const override { return true; }
+  HostAccess host_access() const override {
+    return {.integrated = options_.unified, .same_address = true};
+  }
 
  protected:
   std::shared_ptr<MemoryRegistrar> do_registrar() const override { return registrar_; }

@@ -32,6 +32,7 @@ struct SimulatedDeviceOptions {
   double delay_s = 0;      // of each copy
   double bytes_per_s = 0;  // of each stream; 0: as fast as the memory is
   bool check = true;       // with an OrderChecker
+  bool unified = false;    // its memory is the host's, where that is registered
 };
 
 // kInvalid when a number makes no sense; kOsError or kNoMemory when there can be no more threads.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from offload import _native
+from offload.errors import PolicyError
 from offload.planner import (
     DevicePlan,
     DiskSpec,
@@ -18,13 +19,19 @@ from offload.planner import (
 )
 from offload.policy import Policy, parse_bytes
 from offload.tiers.activation_home import ActivationHome
-from offload.tiers.compute_device import ComputeDevice, device_title, torch_devices
+from offload.tiers.compute_device import (
+    ComputeDevice,
+    device_title,
+    shares_memory,
+    torch_devices,
+)
 from offload.tiers.context import RuntimeContext
 from offload.tiers.device_tier import DeviceTier
 from offload.tiers.disk_profile import DiskProfile
 from offload.tiers.mover import Mover
 from offload.tiers.state_home import page_bytes
 from offload.tiers.swap_space import SwapSpace, profile_disks, store_memory
+from offload.tiers.unified_tier import UnifiedTier
 from offload.tiers.update_rates import measure_update_rates
 from offload.tiers.update_staging import open_pipeline
 
@@ -44,6 +51,13 @@ class Resources:
         self.policy = policy
         self.profiles: tuple[DiskProfile, ...] = ()
         self.update_note = ""
+        self.torch_devices = torch_devices(policy)
+        self._unified = shares_memory(policy, self.torch_devices)
+        if self._unified and policy.update == "device":
+            raise PolicyError(
+                f'Policy(update="device"): {policy.device_names[0]} has the host\'s memory, where '
+                'updates run on the CPU; use update="auto" or "cpu"'
+            )
         must_spill = policy.budget.host_bytes < smallest_budget(specs, None)
         if must_spill or policy.moves_activations:
             self.profiles = profile_disks(policy)
@@ -57,8 +71,7 @@ class Resources:
             updates,
         )
         self.device_plans: list[DevicePlan] = []
-        self.torch_devices = torch_devices(policy)
-        if not policy.is_cpu:
+        if not policy.is_cpu and not self._unified:
             shares = _by_device(specs)
             for number, share in enumerate(shares):
                 name = device_title(policy, number) if len(shares) > 1 else ""
@@ -69,7 +82,7 @@ class Resources:
     def _may_update_on_device(self, specs: Sequence[UnitSpec], disk: DiskSpec | None) -> bool:
         """Whether updates are to run on the device; with "auto" where there is room for that."""
         policy = self.policy
-        if policy.update != "auto" or policy.is_cpu:
+        if policy.update != "auto" or policy.is_cpu or self._unified:
             return policy.update == "device"
         host = smallest_budget(specs, disk, True) + self._activation_bytes(specs, disk, True)
         device = max(smallest_device_budget(share, True) for share in _by_device(specs))
@@ -148,10 +161,11 @@ class Resources:
                     store.add_memory(arena)
         pipeline = open_pipeline(store, home, plan.staging_bytes)
         mover = Mover(home, ring, store, policy.debug)
-        tiers = [
-            self._device_tier(device, device_plan, mover)
-            for device, device_plan in zip(devices, self.device_plans, strict=True)
-        ]
+        tiers: list[DeviceTier] = []
+        if self._unified:
+            tiers.append(UnifiedTier(devices[0], [home] if ring is None else [home, ring], mover))
+        for device, device_plan in zip(devices, self.device_plans, strict=not self._unified):
+            tiers.append(self._device_tier(device, device_plan, mover))
         context = RuntimeContext(policy, plan, mover, pipeline, space, tiers)
         if any(device_plan.updates for device_plan in self.device_plans):
             context.device_units = self._units_on(tiers, ring or home)

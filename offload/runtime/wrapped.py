@@ -271,6 +271,9 @@ class WrappedModel:
         if self._update_note:
             notes = (*notes, self._update_note)
         for tier in self.context.tiers:
+            if tier.shares_memory:
+                notes = (*notes, f"{tier.name} has the host's memory: nothing is copied to it")
+                continue
             places = tier.places
             found = (
                 f"{places.planned} copies to planned places, {places.searched} to where was room"

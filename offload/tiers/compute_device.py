@@ -14,6 +14,7 @@ The simulated device is the same with the host's memory, and torch's device is t
 from __future__ import annotations
 
 import mmap
+from collections.abc import Sequence
 
 import torch
 
@@ -72,6 +73,26 @@ def device_title(policy: Policy, number: int) -> str:
     return f"{name} ({number})" if len(policy.paces) > 1 else name
 
 
+def shares_memory(policy: Policy, devices: Sequence[torch.device]) -> bool:
+    """Whether the device of `policy`, which is torch's in `devices`, has the host's memory.
+
+    Raises:
+        PolicyError: it has not, and there is no budget for it; or one of several has.
+        UnsupportedError, DeviceError: the driver refuses to tell.
+    """
+    unified = policy.is_unified
+    if policy.is_cuda:
+        unified = any(_native.cuda_host_access(device.index)["unified"] for device in devices)
+    if unified and len(devices) > 1:
+        raise PolicyError(
+            f"Policy(device={policy.device!r}): a device with the host's memory can only be the "
+            "only one"
+        )
+    if not unified and not policy.is_cpu and policy.budget.device is None:
+        policy.refuse_without_device_budget()
+    return unified
+
+
 class ComputeDevice:
     """A device with memory apart from the host's.
 
@@ -98,8 +119,11 @@ class ComputeDevice:
         """
         name = device_title(policy, number)
         if policy.paces:
-            pace = policy.paces[number]
-            native = _native.simulated_device(policy.budget.device_bytes, pace=pace)
+            native = _native.simulated_device(
+                policy.budget.device_bytes or 1,
+                pace=policy.paces[number],
+                unified=policy.is_unified,
+            )
         elif policy.is_cuda:
             native = _native.cuda_device(device.index, check=policy.debug)
         else:

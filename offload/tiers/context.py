@@ -88,7 +88,8 @@ class RuntimeContext:
         self.weight_files: WeightFiles | None = None
         self.updates = Updates(mover, pipeline, bool(tiers))
         self.device_units: frozenset[int] = frozenset()
-        self.prefetcher = Prefetcher(plan, mover, self.updates, self.tiers)
+        copied_to = [tier for tier in self.tiers if not tier.shares_memory]
+        self.prefetcher = Prefetcher(plan, mover, self.updates, copied_to)
         self.units: list[Unit] = []
         self.gradients = Gradients(self)
         self.scopes = ForwardScopes()

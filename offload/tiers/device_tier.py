@@ -45,6 +45,7 @@ class DeviceTier:
 
     Attributes:
         device: the core's.
+        shares_memory: with the host.
         places: where in the ring the copies go.
         next_use: position of each slab's next use among the predicted uses.
         held: slabs whose copies an update is about to use.
@@ -52,6 +53,8 @@ class DeviceTier:
         others: devices that copy from and to the same host memory.
         name: of the device, for people.
     """
+
+    shares_memory = False
 
     def __init__(
         self,
@@ -279,7 +282,8 @@ class DeviceTier:
                 object=swap_object or 0,
             )
 
-        if self.is_reading(slab):  # its memory is about to be written, later, by the other stream
+        # Its memory is about to be written, later, by the other stream.
+        if self.is_reading(slab) and slab in self._reading:
             self._reading[slab].wait_stream("d2h")
         checksum = self._checksums.note_departure(slab, copy)
         copy.departure = self._mover.receive(slab, start, on_disk, checksum)
@@ -308,6 +312,9 @@ class DeviceTier:
         if transfer is not None and transfer.done():
             del self._reading[slab]
         return slab in self._reading
+
+    def leave(self, slab: Slab) -> None:
+        """The host slab gives up its memory; a copy that is current stays so."""
 
     def end_one(self) -> bool:
         """See the oldest copy from host memory end; False when there is none.

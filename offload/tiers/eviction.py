@@ -24,6 +24,9 @@ class Readers(Protocol):
     def end_one(self) -> bool:
         """Wait for the oldest in flight; False when there is none."""
 
+    def leave(self, slab: Slab) -> None:
+        """The memory of `slab` is about to be given up."""
+
 
 def choose_victim(
     slabs: Iterable[Slab],

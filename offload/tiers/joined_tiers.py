@@ -33,6 +33,11 @@ class JoinedTiers:
         """Whether a copy from `slab` is in flight."""
         return any(tier.is_reading(slab) for tier in self._tiers)
 
+    def leave(self, slab: Slab) -> None:
+        """The slab gives up its memory."""
+        for tier in self._tiers:
+            tier.leave(slab)
+
     def end_one(self) -> bool:
         """Wait for a copy in flight; False when there is none."""
         return any(tier.end_one() for tier in self._tiers)

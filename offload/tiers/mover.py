@@ -337,6 +337,8 @@ class Mover:
 
     def _drop(self, slab: Slab) -> None:
         self._checksums.forget(slab)
+        if self.readers is not None:
+            self.readers.leave(slab)
         slab.lease = slab.blocks = None
         self._spillable.pop(slab, None)
 

@@ -127,7 +127,7 @@ class Prefetcher:
         for position, use in enumerate(self.trace.future(LOOKAHEAD)):
             unit = self._units[use.unit]
             update, there = self._updates.for_device(unit), unit.tier
-            if there is None:
+            if there not in room:
                 continue
             for slab in update or [unit.param_slab]:
                 if not there.places.is_used(slab, use.phase is Phase.BACKWARD):

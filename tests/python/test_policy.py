@@ -116,7 +116,7 @@ def test_budgets_that_are_refused(arguments: dict[str, Any], name: str) -> None:
     [
         ({"budget": "1GiB"}, r"Policy\(budget=.*1GiB"),
         ({"budget": Budget(host=1, device=1)}, r"Budget\(device="),
-        ({"device": "cuda:0"}, r"Policy\(device='cuda:0'"),
+        ({"device": "simulated"}, r"Policy\(device='simulated'"),
         ({"io_engine": "aio"}, r"Policy\(io_engine='aio'.*io_uring"),
         ({"queue_depth": 0}, r"Policy\(queue_depth=0\).*1024"),
         ({"queue_depth": 1025}, r"Policy\(queue_depth=1025\)"),

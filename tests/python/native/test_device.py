@@ -161,6 +161,24 @@ def test_errors_name_the_thing_and_the_limit(setup: Setup) -> None:
         setup.arena.try_allocate_at(100, 512)
 
 
+def test_a_lease_is_idle_when_what_was_submitted_has_ended() -> None:
+    setup = Setup("latest")
+    lease = setup.arena.allocate(512)
+    assert not lease.is_idle(), "unused memory is still to be poisoned"
+    lease.wait_for_uses()
+    assert lease.is_idle()
+    setup.device.copy_to_device(lease, setup.host_tensor(torch.ones(128)), 512)
+    lease.note_use(setup.device.record("h2d"))
+    assert not lease.is_idle()
+    lease.wait_for_uses()
+    assert lease.is_idle()
+    view = lease.view()
+    assert lease.is_open
+    assert not lease.is_idle()
+    del view
+    assert lease.is_idle()
+
+
 def test_ctrl_c_ends_a_wait_and_nothing_is_lost() -> None:
     setup = Setup("timed", delay_s=0.5)
     lease = setup.arena.allocate(512)

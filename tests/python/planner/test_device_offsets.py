@@ -7,7 +7,7 @@ import random
 from collections.abc import Sequence
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from offload.planner.device_offsets import LEASE_BYTES, SlabUses, Span, device_offsets, rounded
@@ -132,6 +132,7 @@ def steps(draw: st.DrawFn) -> tuple[list[SlabUses], list[int], int]:
     return slabs, uses, draw(st.integers(0, 20 * LEASE_BYTES))
 
 
+@settings(max_examples=200, deadline=None)
 @given(steps())
 def test_slabs_that_are_in_memory_together_share_no_byte(
     drawn: tuple[list[SlabUses], list[int], int],
