@@ -87,6 +87,9 @@ class Device : public std::enable_shared_from_this<Device> {
   // gone and all that was submitted is done. kInvalid when it is not this device's, or known
   // already.
   Result<DeviceMemory> adopt(std::byte* data, std::uint64_t nbytes, std::shared_ptr<void> owner);
+  // The same for a short while: whoever has it keeps it until all work on it is complete, so that
+  // nothing has to be waited for when it goes. Parts of it may be borrowed already.
+  Result<DeviceMemory> borrow(std::byte* data, std::uint64_t nbytes, std::shared_ptr<void> owner);
   // Copies may name this memory, for as long as it exists.
   void add_host_memory(const std::shared_ptr<HostMemory>& memory);
 
@@ -196,8 +199,8 @@ class Device : public std::enable_shared_from_this<Device> {
   struct Range {
     std::byte* data;
     std::uint64_t nbytes;
-    std::shared_ptr<void> owner;  // of adopted memory
-    bool adopted;
+    std::shared_ptr<void> owner;  // of others' memory
+    enum class Of : std::uint8_t { kDevice, kAdopted, kBorrowed } of;
   };
   struct HostRange {
     std::weak_ptr<HostMemory> owner;
@@ -219,7 +222,7 @@ class Device : public std::enable_shared_from_this<Device> {
   Status checked(StreamId stream, std::span<const Access> accesses, const char* what,
                  std::string_view label);        // REQUIRES: mutex_ held
   Result<Event> record_locked(StreamId stream);  // REQUIRES: mutex_ held
-  void free(std::byte* data, std::uint64_t nbytes);
+  void free(std::byte* data, std::uint64_t nbytes, bool borrowed);
 
   const OwnerProcess owner_;
   const std::uint64_t id_;
@@ -236,7 +239,8 @@ class Device : public std::enable_shared_from_this<Device> {
   Stats stats_;
 };
 
-// A range of a device's memory; freed when destroyed, after all that was submitted is done.
+// A range of a device's memory; freed when destroyed, after all that was submitted is done. One
+// that is borrowed is just given back.
 class DeviceMemory {
  public:
   DeviceMemory() = default;
@@ -251,12 +255,14 @@ class DeviceMemory {
 
  private:
   friend class Device;
-  DeviceMemory(std::shared_ptr<Device> device, std::byte* data, std::uint64_t nbytes);
+  DeviceMemory(std::shared_ptr<Device> device, std::byte* data, std::uint64_t nbytes,
+               bool borrowed = false);
   void release();
 
   std::shared_ptr<Device> device_;
   std::byte* data_ = nullptr;
   std::uint64_t nbytes_ = 0;
+  bool borrowed_ = false;
 };
 
 }  // namespace offload

@@ -225,8 +225,4 @@ void DeviceLease::note_use(const Event& event) {
   keep_latest(uses_, event);
 }
 
-Status DeviceLease::use(StreamId stream, AccessKind kind) const {
-  return device()->use(stream, {data(), nbytes_, kind}, label_);
-}
-
 }  // namespace offload
