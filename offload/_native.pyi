@@ -210,8 +210,24 @@ class DeviceView(Buffer):
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]: ...
 
+class DeviceSpan:
+    """A range of device memory that transfers go to or come from."""
+
 @final
-class DeviceLease:
+class DeviceLoan(DeviceSpan):
+    """Memory of a tensor's, or of `owner`'s, for one transfer, which keeps it until that is over.
+
+    What the compute stream was given before is a use of it: the copy comes after that.
+    """
+
+    def __init__(
+        self, device: Device, address: int, nbytes: int, owner: object, label: str = ""
+    ) -> None: ...
+    def use(self, stream: Stream, access: Access) -> None:
+        """Declare to the checker that work submitted to the stream now uses the memory."""
+
+@final
+class DeviceLease(DeviceSpan):
     """The right to use some bytes of a DeviceArena; given back with the last reference.
 
     The next owner's streams wait for the uses that were noted, so a lease may be dropped while work
@@ -629,7 +645,7 @@ class DeviceTransfers:
     def __init__(self, device: Device) -> None: ...
     def fetch(
         self,
-        dst: DeviceLease,
+        dst: DeviceSpan,
         via: Lease,
         nbytes: int,
         *,
@@ -641,7 +657,7 @@ class DeviceTransfers:
 
     def spill(
         self,
-        src: DeviceLease,
+        src: DeviceSpan,
         via: Lease,
         nbytes: int,
         *,

@@ -165,13 +165,14 @@ class Policy:
             backward (`docs/activations.md`). "keep": autograd keeps them, outside of every
             budget. "host": they are moved to ``activation_bytes`` of the host budget, and what does
             not fit goes on to disk, or is refused without a swap directory; on the CPU, where the
-            device's memory is the host's, that counts and bounds them and saves no memory. "disk":
+            device's memory is the host's, that counts and bounds them and saves no memory; those of
+            a CUDA device come to page-locked memory and go back ahead of the backward. "disk":
             they are written to disk as they come, but for what ``activation_bytes`` will still
             hold when the backward begins, and are read back ahead of it. "recompute": each block
             keeps only its inputs, treated as with "disk", and runs again in the backward. "auto":
             as "disk", and of the blocks as many are recomputed as make a step fastest, by what
-            the first steps took and the measured rates of the disk; what fits nowhere is left to
-            autograd. On CUDA only "keep" and "recompute", which leaves a block's inputs there.
+            the first steps took and the measured rates of the disk and of the link to the device;
+            what fits nowhere is left to autograd.
         activation_bytes: the part of the host budget for activations. None: half of it with
             "host", a quarter otherwise, or less where the model needs the rest.
         debug: overwrite with NaN whatever memory is given up, so that a use after release shows;
@@ -259,7 +260,8 @@ class Policy:
             raise PolicyError(f"{what}: {twice[0]!r} is named twice")
         if len(names) > 1 and "simulated:unified" in names:
             raise PolicyError(f"{what}: a device with the host's memory can only be the only one")
-        if self.paces and not self.is_unified and self.budget.device is None:
+        may_be_unified = self.is_unified or (self.is_cuda and len(names) == 1)  # wrap asks
+        if not (self.is_cpu or may_be_unified) and self.budget.device is None:
             self.refuse_without_device_budget()
         if self.is_cpu and self.budget.device is not None:
             raise PolicyError(
@@ -272,11 +274,6 @@ class Policy:
             raise PolicyError(
                 f"Policy(activations={self.activations!r}): expected one of "
                 f"{', '.join(ACTIVATIONS)}"
-            )
-        if self.is_cuda and self.activations not in ("keep", "recompute"):
-            raise PolicyError(
-                f"Policy(activations={self.activations!r}) does not move activations from a CUDA "
-                'device yet; use "keep" or "recompute"'
             )
         if self.activations == "disk" and not self.swap_dirs:
             raise PolicyError(

@@ -16,6 +16,7 @@
 #include "bind/keep_alive.h"
 #include "device/cuda_device.h"
 #include "device/device_arena.h"
+#include "device/device_loan.h"
 #include "device/simulated_device.h"
 #include "mem/host_memory.h"
 
@@ -294,7 +295,25 @@ void bind_device_memory(py::module_& m) {
         return py::buffer_info(reinterpret_cast<std::uint8_t*>(view.data()),
                                static_cast<py::ssize_t>(view.nbytes()));
       });
-  py::class_<DeviceLease, std::shared_ptr<DeviceLease>>(m, "DeviceLease")
+  py::class_<DeviceSpan, std::shared_ptr<DeviceSpan>>(m, "DeviceSpan");
+  py::class_<DeviceLoan, DeviceSpan, std::shared_ptr<DeviceLoan>>(m, "DeviceLoan")
+      .def(py::init([](std::shared_ptr<Device> device, std::uintptr_t address, std::uint64_t nbytes,
+                       py::object owner, const std::string& label) {
+             std::shared_ptr<void> kept = keep_alive(std::move(owner));
+             return take(unlocked([&] {
+               return DeviceLoan::take(std::move(device), reinterpret_cast<std::byte*>(address),
+                                       nbytes, std::move(kept), label);
+             }));
+           }),
+           py::arg("device"), py::arg("address"), py::arg("nbytes"), py::arg("owner"),
+           py::arg("label") = "")
+      .def(
+          "use",
+          [](const DeviceLoan& loan, const std::string& stream, const std::string& access) {
+            check(loan.use(stream_of(stream), access_of(access)));
+          },
+          py::arg("stream"), py::arg("access"));
+  py::class_<DeviceLease, DeviceSpan, std::shared_ptr<DeviceLease>>(m, "DeviceLease")
       .def_property_readonly("nbytes", &DeviceLease::nbytes)
       .def_property_readonly("offset", &DeviceLease::offset)
       .def_property_readonly(

@@ -69,7 +69,7 @@ void bind_device_transfer(py::module_& m) {
            py::arg("device"))
       .def(
           "fetch",
-          [](const DeviceCompletions& completions, std::shared_ptr<DeviceLease> dst,
+          [](const DeviceCompletions& completions, std::shared_ptr<DeviceSpan> dst,
              std::shared_ptr<Lease> via, std::uint64_t nbytes,
              const std::shared_ptr<SwapStore>& store, ObjectId object, bool demand) {
             const DiskEnd disk = disk_end(store, object, demand);
@@ -82,7 +82,7 @@ void bind_device_transfer(py::module_& m) {
           py::arg("store") = py::none(), py::arg("object") = kNoObject, py::arg("demand") = false)
       .def(
           "spill",
-          [](const DeviceCompletions& completions, std::shared_ptr<DeviceLease> src,
+          [](const DeviceCompletions& completions, std::shared_ptr<DeviceSpan> src,
              std::shared_ptr<Lease> via, std::uint64_t nbytes,
              const std::optional<BoundEvent>& after, const std::shared_ptr<SwapStore>& store,
              ObjectId object, bool demand) {

@@ -151,7 +151,7 @@ Result<DeviceMemory> Device::allocate(std::uint64_t nbytes) {
   if (!lock.is_ok()) return lock.status();
   const Result<std::byte*> data = do_allocate(nbytes);
   if (!data.is_ok()) return data.status();
-  memory_.push_back({data.value(), nbytes, nullptr, false});
+  memory_.push_back({data.value(), nbytes, nullptr, Range::Of::kDevice});
   return DeviceMemory(shared_from_this(), data.value(), nbytes);
 }
 
@@ -169,7 +169,7 @@ Result<DeviceMemory> Device::adopt(std::byte* data, std::uint64_t nbytes,
     }
   }
   OFFLOAD_RETURN_IF_ERROR(do_adopt(data, nbytes));
-  memory_.push_back({data, nbytes, std::move(owner), true});
+  memory_.push_back({data, nbytes, std::move(owner), Range::Of::kAdopted});
   return DeviceMemory(shared_from_this(), data, nbytes);
 }
 
@@ -181,18 +181,34 @@ Result<DeviceMemory> Device::adopt_host(const std::shared_ptr<HostMemory>& memor
   if (!lock.is_ok()) return lock.status();
   const Result<const HostRange*> range = in_host(memory->base(), memory->capacity());
   if (!range.is_ok()) return range.status();
-  memory_.push_back({memory->base(), memory->capacity(), memory, true});
+  memory_.push_back({memory->base(), memory->capacity(), memory, Range::Of::kAdopted});
   return DeviceMemory(shared_from_this(), memory->base(), memory->capacity());
 }
 
-void Device::free(std::byte* data, std::uint64_t nbytes) {
+Result<DeviceMemory> Device::borrow(std::byte* data, std::uint64_t nbytes,
+                                    std::shared_ptr<void> owner) {
+  if (data == nullptr || nbytes == 0) {
+    return Status::error(Code::kInvalid, "0 bytes of device memory were lent");
+  }
+  const Result<Lock> lock = enter("use of a tensor's memory");
+  if (!lock.is_ok()) return lock.status();
+  OFFLOAD_RETURN_IF_ERROR(do_adopt(data, nbytes));
+  memory_.push_back({data, nbytes, std::move(owner), Range::Of::kBorrowed});
+  // Who changes a tensor while an earlier copy of it is in flight has no use for that copy.
+  if (checker_ != nullptr) checker_->forget(data, nbytes);
+  return DeviceMemory(shared_from_this(), data, nbytes, true);
+}
+
+void Device::free(std::byte* data, std::uint64_t nbytes, bool borrowed) {
   if (!owner_.is_current()) return;
-  const Status drained = do_drain();
+  const Status drained = borrowed ? Status::ok() : do_drain();
   std::shared_ptr<void> owner;  // goes after the lock
   std::lock_guard<std::mutex> lock(mutex_);
-  const auto at = std::find_if(memory_.begin(), memory_.end(),
-                               [data](const Range& range) { return range.data == data; });
-  const Status freed = at->adopted ? Status::ok() : do_free(data, nbytes);
+  const auto at = std::find_if(memory_.begin(), memory_.end(), [&](const Range& range) {
+    return range.data == data && range.nbytes == nbytes &&
+           (range.of == Range::Of::kBorrowed) == borrowed;
+  });
+  const Status freed = at->of == Range::Of::kDevice ? do_free(data, nbytes) : Status::ok();
   owner = std::move(at->owner);
   memory_.erase(at);
   if (checker_ != nullptr) checker_->forget(data, nbytes);
@@ -421,13 +437,15 @@ bool Device::omits_waits(std::string_view why) const {
   return !omitted_.empty() && why == omitted_;
 }
 
-DeviceMemory::DeviceMemory(std::shared_ptr<Device> device, std::byte* data, std::uint64_t nbytes)
-    : device_(std::move(device)), data_(data), nbytes_(nbytes) {}
+DeviceMemory::DeviceMemory(std::shared_ptr<Device> device, std::byte* data, std::uint64_t nbytes,
+                           bool borrowed)
+    : device_(std::move(device)), data_(data), nbytes_(nbytes), borrowed_(borrowed) {}
 
 DeviceMemory::DeviceMemory(DeviceMemory&& other) noexcept
     : device_(std::move(other.device_)),
       data_(std::exchange(other.data_, nullptr)),
-      nbytes_(std::exchange(other.nbytes_, 0)) {}
+      nbytes_(std::exchange(other.nbytes_, 0)),
+      borrowed_(other.borrowed_) {}
 
 DeviceMemory& DeviceMemory::operator=(DeviceMemory&& other) noexcept {
   if (this != &other) {
@@ -435,6 +453,7 @@ DeviceMemory& DeviceMemory::operator=(DeviceMemory&& other) noexcept {
     device_ = std::move(other.device_);
     data_ = std::exchange(other.data_, nullptr);
     nbytes_ = std::exchange(other.nbytes_, 0);
+    borrowed_ = other.borrowed_;
   }
   return *this;
 }
@@ -445,7 +464,7 @@ DeviceMemory::~DeviceMemory() {
 
 void DeviceMemory::release() {
   if (data_ == nullptr) return;
-  device_->free(std::exchange(data_, nullptr), nbytes_);
+  device_->free(std::exchange(data_, nullptr), nbytes_, borrowed_);
   device_.reset();
 }
 

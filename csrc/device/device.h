@@ -101,6 +101,9 @@ class Device : public std::enable_shared_from_this<Device> {
   // and counts as a read of it. kInvalid when it is not registered here, or the device has memory
   // apart.
   Result<DeviceMemory> adopt_host(const std::shared_ptr<HostMemory>& memory);
+  // The same for a short while: whoever has it keeps it until all work on it is complete, so that
+  // nothing has to be waited for when it goes. Parts of it may be borrowed already.
+  Result<DeviceMemory> borrow(std::byte* data, std::uint64_t nbytes, std::shared_ptr<void> owner);
   // Copies may name this memory, for as long as it exists.
   void add_host_memory(const std::shared_ptr<HostMemory>& memory);
 
@@ -210,8 +213,8 @@ class Device : public std::enable_shared_from_this<Device> {
   struct Range {
     std::byte* data;
     std::uint64_t nbytes;
-    std::shared_ptr<void> owner;  // of adopted memory
-    bool adopted;
+    std::shared_ptr<void> owner;  // of others' memory
+    enum class Of : std::uint8_t { kDevice, kAdopted, kBorrowed } of;
   };
   struct HostRange {
     std::weak_ptr<HostMemory> owner;
@@ -233,7 +236,7 @@ class Device : public std::enable_shared_from_this<Device> {
   Status checked(StreamId stream, std::span<const Access> accesses, const char* what,
                  std::string_view label);        // REQUIRES: mutex_ held
   Result<Event> record_locked(StreamId stream);  // REQUIRES: mutex_ held
-  void free(std::byte* data, std::uint64_t nbytes);
+  void free(std::byte* data, std::uint64_t nbytes, bool borrowed);
 
   const OwnerProcess owner_;
   const std::uint64_t id_;
@@ -250,7 +253,8 @@ class Device : public std::enable_shared_from_this<Device> {
   Stats stats_;
 };
 
-// A range of a device's memory; freed when destroyed, after all that was submitted is done.
+// A range of a device's memory; freed when destroyed, after all that was submitted is done. One
+// that is borrowed is just given back.
 class DeviceMemory {
  public:
   DeviceMemory() = default;
@@ -265,12 +269,14 @@ class DeviceMemory {
 
  private:
   friend class Device;
-  DeviceMemory(std::shared_ptr<Device> device, std::byte* data, std::uint64_t nbytes);
+  DeviceMemory(std::shared_ptr<Device> device, std::byte* data, std::uint64_t nbytes,
+               bool borrowed = false);
   void release();
 
   std::shared_ptr<Device> device_;
   std::byte* data_ = nullptr;
   std::uint64_t nbytes_ = 0;
+  bool borrowed_ = false;
 };
 
 }  // namespace offload

@@ -245,8 +245,4 @@ Result<bool> DeviceLease::wait_for_uses(unsigned milliseconds) {
   return true;
 }
 
-Status DeviceLease::use(StreamId stream, AccessKind kind) const {
-  return device()->use(stream, {data(), nbytes_, kind}, label_);
-}
-
 }  // namespace offload

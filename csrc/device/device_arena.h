@@ -27,6 +27,7 @@
 
 #include "base/status.h"
 #include "device/device.h"
+#include "device/device_span.h"
 #include "mem/free_ranges.h"
 
 namespace offload {
@@ -103,23 +104,19 @@ class DeviceArena : public std::enable_shared_from_this<DeviceArena> {
   std::uint64_t allocations_ = 0;
 };
 
-class DeviceLease {
+class DeviceLease final : public DeviceSpan {
  public:
-  ~DeviceLease();
-  DeviceLease(const DeviceLease&) = delete;
-  DeviceLease& operator=(const DeviceLease&) = delete;
+  ~DeviceLease() override;
 
-  std::byte* data() const { return arena_->base() + offset_; }
+  std::byte* data() const override { return arena_->base() + offset_; }
   std::uint64_t offset() const { return offset_; }
-  std::uint64_t nbytes() const { return nbytes_; }  // rounded up
-  const std::string& label() const { return label_; }
-  const std::shared_ptr<Device>& device() const { return arena_->device(); }
+  std::uint64_t nbytes() const override { return nbytes_; }  // rounded up
+  const std::string& label() const override { return label_; }
+  const std::shared_ptr<Device>& device() const override { return arena_->device(); }
 
-  // Makes `stream` wait for all uses of the range by former owners. Once is enough, more do no
-  // harm.
-  Status acquire(StreamId stream);
-  // The range may not be used by anybody else before `event`.
-  void note_use(const Event& event);
+  Status acquire(StreamId stream) override;
+  void note_use(const Event& event) override;
+  bool kept_until_complete() const override { return false; }  // the arena keeps the events
   // A use of the compute stream that lasts begins, or has ended.
   void open_use() { ++open_; }
   void close_use() { --open_; }
@@ -127,8 +124,6 @@ class DeviceLease {
   // Stops the host until all uses so far have ended, those of former owners too, for at most
   // `milliseconds`; false when that was not enough. Of one that lasts, what was submitted so far.
   Result<bool> wait_for_uses(unsigned milliseconds);
-  // Declares a use to the checker of the device.
-  Status use(StreamId stream, AccessKind kind) const;
 
  private:
   friend class DeviceArena;

@@ -56,7 +56,7 @@ Status DeviceTransfer::end_copy_to_host(const Status& copied, const Event& waite
 Result<std::shared_ptr<DeviceTransfer>> DeviceTransfer::fetch(std::shared_ptr<DeviceEvents> events,
                                                               DiskEnd disk,
                                                               std::shared_ptr<Lease> host,
-                                                              std::shared_ptr<DeviceLease> device,
+                                                              std::shared_ptr<DeviceSpan> device,
                                                               std::uint64_t nbytes) {
   std::shared_ptr<DeviceTransfer> transfer(new DeviceTransfer(
       std::move(events), std::move(disk), std::move(host), std::move(device), nbytes, kArrival));
@@ -91,17 +91,19 @@ Status DeviceTransfer::copy_to_device() {
   Result<Event> copied = device().record(StreamId::kH2d);
   if (!copied.is_ok()) return abandon(copied.status());
   device_->note_use(copied.value());
+  std::shared_ptr<DeviceSpan> lent = kept();
   set_issued(copied.value());
-  events_->when(copied.take(),
-                [self = shared_from_this()](const Status& status, const Event& waited) {
-                  self->finish(self->end_fetch(status, waited));
-                });
+  events_->when(copied.take(), [self = shared_from_this(), lent = std::move(lent)](
+                                   const Status& status, const Event& waited) mutable {
+    lent.reset();
+    self->finish(self->end_fetch(status, waited));
+  });
   return Status::ok();
 }
 
 Result<std::shared_ptr<DeviceTransfer>> DeviceTransfer::spill(
     std::shared_ptr<DeviceEvents> events, DiskEnd disk, std::shared_ptr<Lease> host,
-    std::shared_ptr<DeviceLease> device, std::uint64_t nbytes, const Event& after) {
+    std::shared_ptr<DeviceSpan> device, std::uint64_t nbytes, const Event& after) {
   std::shared_ptr<DeviceTransfer> transfer(new DeviceTransfer(
       std::move(events), std::move(disk), std::move(host), std::move(device), nbytes, kDeparture));
   OFFLOAD_RETURN_IF_ERROR(transfer->check());
@@ -113,17 +115,20 @@ Status DeviceTransfer::copy_to_host(const Event& after) {
   if (after != nullptr) {
     OFFLOAD_RETURN_IF_ERROR(device().wait(StreamId::kD2h, after, kResult));
   }
+  if (device_->kept_until_complete()) OFFLOAD_RETURN_IF_ERROR(device_->acquire(StreamId::kD2h));
   const Status submitted =
       device().copy_d2h(host_->data(), device_->data(), nbytes_, StreamId::kD2h, device_label_);
   if (!submitted.is_ok()) return abandon(submitted);
   Result<Event> copied = device().record(StreamId::kD2h);
   if (!copied.is_ok()) return abandon(copied.status());
   device_->note_use(copied.value());
+  std::shared_ptr<DeviceSpan> lent = kept();
   set_issued(copied.value());
-  events_->when(copied.take(),
-                [self = shared_from_this()](const Status& status, const Event& waited) {
-                  self->copied_to_host(self->end_copy_to_host(status, waited));
-                });
+  events_->when(copied.take(), [self = shared_from_this(), lent = std::move(lent)](
+                                   const Status& status, const Event& waited) mutable {
+    lent.reset();
+    self->copied_to_host(self->end_copy_to_host(status, waited));
+  });
   return Status::ok();
 }
 

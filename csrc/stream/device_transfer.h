@@ -11,6 +11,7 @@
 //     lease, which is let go at once: whoever gets its memory next waits for the event.
 //  2. when the event is complete, the host lease is written to the object, where there is one.
 //  3. when that is done, the host lease is let go and the transfer is done.
+// What must be kept until work on it is complete (a loan) is kept until that event.
 // An error at any step ends the transfer with it, and lets go of everything before a waiter wakes;
 // nothing that was submitted to a stream is ever taken back, and what it uses is kept until then.
 //
@@ -25,7 +26,7 @@
 #include <utility>
 
 #include "base/status.h"
-#include "device/device_arena.h"
+#include "device/device_span.h"
 #include "mem/host_memory.h"
 #include "store/swap_store.h"
 #include "stream/device_completions.h"
@@ -53,12 +54,12 @@ class DeviceTransfer : public std::enable_shared_from_this<DeviceTransfer> {
   // error nothing was started.
   static Result<std::shared_ptr<DeviceTransfer>> fetch(std::shared_ptr<DeviceEvents> events,
                                                        DiskEnd disk, std::shared_ptr<Lease> host,
-                                                       std::shared_ptr<DeviceLease> device,
+                                                       std::shared_ptr<DeviceSpan> device,
                                                        std::uint64_t nbytes);
   // `after`, which may be null, is an event after all that wrote the device lease.
   static Result<std::shared_ptr<DeviceTransfer>> spill(std::shared_ptr<DeviceEvents> events,
                                                        DiskEnd disk, std::shared_ptr<Lease> host,
-                                                       std::shared_ptr<DeviceLease> device,
+                                                       std::shared_ptr<DeviceSpan> device,
                                                        std::uint64_t nbytes, const Event& after);
 
   // Whether the copy of the device has been submitted, or the transfer has ended without.
@@ -82,7 +83,7 @@ class DeviceTransfer : public std::enable_shared_from_this<DeviceTransfer> {
 
  private:
   DeviceTransfer(std::shared_ptr<DeviceEvents> events, DiskEnd disk, std::shared_ptr<Lease> host,
-                 std::shared_ptr<DeviceLease> device, std::uint64_t nbytes, const char* why)
+                 std::shared_ptr<DeviceSpan> device, std::uint64_t nbytes, const char* why)
       : events_(std::move(events)),
         disk_(std::move(disk)),
         nbytes_(nbytes),
@@ -112,10 +113,15 @@ class DeviceTransfer : public std::enable_shared_from_this<DeviceTransfer> {
   const DiskEnd disk_;
   const std::uint64_t nbytes_;
   const char* const why_;  // streams wait for the copy
+  // What its memory needs while the copy is in flight.
+  std::shared_ptr<DeviceSpan> kept() const {
+    return device_->kept_until_complete() ? device_ : nullptr;
+  }
+
   const std::string device_label_;
   std::atomic<bool> cancelled_{false};
-  std::shared_ptr<Lease> host_;          // until the end; then empty
-  std::shared_ptr<DeviceLease> device_;  // until the copy is issued; then empty
+  std::shared_ptr<Lease> host_;         // until the end; then empty
+  std::shared_ptr<DeviceSpan> device_;  // until the copy is issued; then empty
 
   mutable std::mutex mutex_;  // guards all below
   mutable ForkSafeCondition changed_;

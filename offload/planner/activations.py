@@ -9,6 +9,9 @@ gradients and state (a third of them in the forward), a step takes about
 
     max(F, S / write rate + D / 3)  +  max(2 F + C, S / read rate + 2 D / 3).
 
+On a device apart all A bytes that are saved go over the link to the host and come back, so that
+A / its rate each way is one more term of either maximum.
+
 Blocks are recomputed in the order of the bytes that a second of recomputing saves, as many as make
 that shortest; of equals, the fewest.
 """
@@ -48,12 +51,15 @@ class Rates:
         room_bytes: of host memory for activations.
         read_bps, write_bps: of the disk, bytes per second; 0: there is none.
         busy_seconds: that the disk is busy with other things in a step.
+        to_host_bps, to_device_bps: of the link to the device; 0: there is none to cross.
     """
 
     room_bytes: int
     read_bps: float
     write_bps: float
     busy_seconds: float = 0.0
+    to_host_bps: float = 0.0
+    to_device_bps: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -113,11 +119,14 @@ def _evaluate(
     blocks: Sequence[BlockCost], other_bytes: int, rates: Rates, recomputed: frozenset[int]
 ) -> Choice:
     saved = [b.input_bytes if i in recomputed else b.saved_bytes for i, b in enumerate(blocks)]
-    on_disk = max(0, sum(saved) + other_bytes - rates.room_bytes)
+    moved = sum(saved) + other_bytes
+    on_disk = max(0, moved - rates.room_bytes)
+    away = moved / rates.to_host_bps if rates.to_host_bps else 0.0
+    back = moved / rates.to_device_bps if rates.to_device_bps else 0.0
     forward = sum(b.seconds for b in blocks)
     again = sum(blocks[i].seconds for i in recomputed)
-    seconds = max(forward, _time(on_disk, rates.write_bps) + rates.busy_seconds / 3) + max(
-        2 * forward + again, _time(on_disk, rates.read_bps) + rates.busy_seconds * 2 / 3
+    seconds = max(forward, _time(on_disk, rates.write_bps) + rates.busy_seconds / 3, away) + max(
+        2 * forward + again, _time(on_disk, rates.read_bps) + rates.busy_seconds * 2 / 3, back
     )
     treatment = []
     before = 0  # bytes saved before this block: the first ones are those on disk

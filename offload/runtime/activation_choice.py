@@ -40,6 +40,7 @@ class ActivationChoice:
         home: ActivationHome,
         blocks: Sequence[BlockForward],
         profiles: Sequence[DiskProfile],
+        link_rates: tuple[float, float] = (0.0, 0.0),
     ) -> None:
         """Apply the policy of `context` to `blocks`.
 
@@ -48,12 +49,14 @@ class ActivationChoice:
             home: where its activations are.
             blocks: of the model, in the order of its modules.
             profiles: of the disks, or none.
+            link_rates: bytes per second to the device and from it; 0: there is none apart.
         """
         self.chosen: Choice | None = None
         self._context = context
         self._home = home
         self._blocks = list(blocks)
         self._profiles = list(profiles)
+        self._link_rates = link_rates
         self._passes = 0
         self._total_bytes = 0  # saved by the largest pass
         self._pass_began = 0
@@ -96,8 +99,10 @@ class ActivationChoice:
     def _observe(
         self, block: BlockForward, forward: Callable[[], Any], inputs: tuple[Any, ...]
     ) -> Any:
+        self._synchronize()
         saved, stalled, begun = self._saved(), self._stalled(), time.perf_counter()
         output = forward()
+        self._synchronize()
         seconds = time.perf_counter() - begun - (self._stalled() - stalled)
         nbytes = self._saved() - saved
         known = self._costs.get(block)
@@ -108,6 +113,12 @@ class ActivationChoice:
             min(seconds, known.seconds) if known else seconds,
         )
         return output
+
+    def _synchronize(self) -> None:
+        """Wait for a CUDA device, whose work is what is measured."""
+        for tier in self._context.tiers:
+            if tier.compute.torch.type == "cuda":
+                torch.cuda.synchronize(tier.compute.torch)
 
     def _saved(self) -> int:
         return self._home.saved_bytes + self._home.left_bytes
@@ -131,9 +142,10 @@ class ActivationChoice:
 
     def _rates(self) -> Rates:
         room = self._home.arena_bytes
+        to_device, to_host = self._link_rates
         store = self._home.store
         if store is None:
-            return Rates(room, 0.0, 0.0)
+            return Rates(room, 0.0, 0.0, 0.0, to_host, to_device)
         if self._profiles and all(p.measured for p in self._profiles):
             read = sum(p.read_bps for p in self._profiles)
             write = sum(p.write_bps for p in self._profiles)
@@ -143,7 +155,7 @@ class ActivationChoice:
             read = write = moved / stats["busy_seconds"] if stats["busy_seconds"] else 0.0
         traffic = step_traffic(self._context.plan)
         busy = 0.0 if not read else traffic.read / read + traffic.written / write
-        return Rates(room, read, write, busy)
+        return Rates(room, read, write, busy, to_host, to_device)
 
 
 def _saved_bytes(value: Any) -> int:

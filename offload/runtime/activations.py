@@ -1,8 +1,8 @@
 """Activations: which saved tensors of a wrapped model are moved.
 
-Only those that lie in ordinary memory, belong to one forward, and are waited for by a backward that
-comes later. So parameters and buffers are left alone, and so is what a recomputation inside of a
-backward saves, which is used at once.
+Only those that lie in ordinary memory or a device's, belong to one forward, and are waited for by
+a backward that comes later. So parameters and buffers are left alone, and so is what a
+recomputation inside of a backward saves, which is used at once.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Activations:
             self._buffers = {
                 buffer.untyped_storage().data_ptr()
                 for buffer in self._model.buffers()
-                if _is_movable(buffer)
+                if self._is_movable(buffer)
             }
 
     def save(self, tensor: torch.Tensor) -> Handle | None:
@@ -42,7 +42,7 @@ class Activations:
         Raises:
             BudgetError, SwapSpaceError, SwapIOError: see ActivationHome.save.
         """
-        if in_backward() or not _is_movable(tensor):
+        if in_backward() or not self._is_movable(tensor):
             return None
         if tensor.untyped_storage().data_ptr() in self._buffers:
             return None
@@ -52,20 +52,26 @@ class Activations:
         """Return the tensor that `handle` stands for; see ActivationHome.load."""
         return self.home.load(handle)
 
+    def _is_movable(self, tensor: torch.Tensor) -> bool:
+        """Whether the bytes of its storage are all there is to it, in memory of ours or torch's.
+
+        Parameters are no activations.
+        """
+        carrier = self.home.carrier
+        return (
+            type(tensor) is torch.Tensor
+            and (
+                tensor.device.type == "cpu"
+                or (carrier is not None and carrier.device_of(tensor) is not None)
+            )
+            and tensor.layout is torch.strided
+            and not tensor.is_quantized
+            and not tensor.is_conj()
+            and not tensor.is_neg()
+            and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+        )
+
 
 def in_backward() -> bool:
     """Whether this thread is inside of a backward pass."""
     return bool(torch._C._current_graph_task_id() != -1)
-
-
-def _is_movable(tensor: torch.Tensor) -> bool:
-    """Whether the bytes of its storage are all there is to it; parameters are not activations."""
-    return (
-        type(tensor) is torch.Tensor
-        and tensor.device.type == "cpu"
-        and tensor.layout is torch.strided
-        and not tensor.is_quantized
-        and not tensor.is_conj()
-        and not tensor.is_neg()
-        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-    )

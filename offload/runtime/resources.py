@@ -32,7 +32,7 @@ from offload.tiers.mover import Mover
 from offload.tiers.state_home import page_bytes
 from offload.tiers.swap_space import SwapSpace, profile_disks, store_memory
 from offload.tiers.unified_tier import UnifiedTier
-from offload.tiers.update_rates import measure_update_rates
+from offload.tiers.update_rates import measure_link, measure_update_rates
 from offload.tiers.update_staging import open_pipeline
 
 
@@ -58,6 +58,8 @@ class Resources:
                 f'Policy(update="device"): {policy.device_names[0]} has the host\'s memory, where '
                 'updates run on the CPU; use update="auto" or "cpu"'
             )
+        self.link_rates = (0.0, 0.0)
+        """Bytes per second to the device and from it, where activations are shared out by them."""
         must_spill = policy.budget.host_bytes < smallest_budget(specs, None)
         if must_spill or policy.moves_activations:
             self.profiles = profile_disks(policy)
@@ -192,7 +194,12 @@ class Resources:
         return DeviceTier(device, home, ring, mover, self.policy.debug)
 
     def _activation_home(self, context: RuntimeContext, space: SwapSpace | None) -> ActivationHome:
-        arena = _native.HostArena(self.plan.activation_bytes, self.policy.debug)
+        devices = [tier.compute for tier in context.tiers]
+        pin = [device.native for device in devices] or None
+        arena = _native.HostArena(self.plan.activation_bytes, self.policy.debug, pin=pin)
+        if context.tiers and self.policy.activations == "auto":
+            tier = context.tiers[0]
+            self.link_rates = measure_link(tier.device, tier.ring, arena)
         if space is not None:
             space.store.add_memory(arena)
         return ActivationHome(
@@ -202,6 +209,7 @@ class Resources:
             eager=self.policy.activations != "host",
             leaves=self.policy.activations == "auto",
             owns_space=not self.plan.spills,
+            devices=devices,
         )
 
 

@@ -109,7 +109,9 @@ class WrappedModel:
                 BlockForward(name, module, self._forward, self._saved)
                 for name, module in find_blocks(self.model, policy.units)
             ]
-        choice = ActivationChoice(self.context, activations.home, self._blocks, resources.profiles)
+        choice = ActivationChoice(
+            self.context, activations.home, self._blocks, resources.profiles, resources.link_rates
+        )
 
         def begin_pass() -> None:
             activations.begin_pass()

@@ -12,6 +12,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from offload import _native
 from offload.tiers.activation_range import span
+from offload.tiers.compute_device import ComputeDevice
 from offload.tiers.slab import Slab
 
 
@@ -19,10 +20,12 @@ class SavedRange:
     """One copy: its slab, and the bytes of which storage it holds, at which version."""
 
     __slots__ = (
-        *("address", "begin", "claim", "end", "newer", "older", "sequence", "shift", "slab"),
+        *("address", "begin", "claim", "device", "end", "newer", "older", "sequence"),
+        *("shift", "slab"),
         *("storage", "version", "witness"),
     )
     slab: Slab
+    device: ComputeDevice | None  # that has the storage; None: it is in host memory
     sequence: int
     begin: int  # in bytes of the storage
     end: int
@@ -77,6 +80,12 @@ class Handle:
                 f"inplace operation: [{self.dtype} {list(self.shape)}] is at version "
                 f"{self.witness._version}; expected version {self.version} instead"
             )
+
+    def view_of(self, memory: torch.Tensor) -> torch.Tensor:
+        """Return the saved tensor over `memory`, bytes that its slab was copied to."""
+        offset = self.offset // self.dtype.itemsize
+        flat = torch.empty(0, dtype=self.dtype, device=memory.device)
+        return flat.set_(memory.untyped_storage(), offset, self.shape, self.stride)
 
     def view(self, lease: _native.Lease) -> torch.Tensor:
         """Return the saved tensor over the memory of its slab."""

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -25,9 +25,11 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from offload import _native
 from offload.errors import BudgetError, OffloadError
+from offload.tiers.activation_carrier import ActivationCarrier
 from offload.tiers.activation_handle import Claim, Handle, SavedRange, witness
 from offload.tiers.activation_places import ActivationPlaces
 from offload.tiers.activation_range import byte_range
+from offload.tiers.compute_device import ComputeDevice
 from offload.tiers.eviction import NEVER
 from offload.tiers.mover import Mover
 from offload.tiers.slab import Slab
@@ -52,6 +54,7 @@ class ActivationHome:
     """Holds activations within an arena, and on disk if there is one.
 
     Attributes:
+        carrier: brings them from and to devices; None: they are in host memory anyway.
         mover: moves their slabs; it has the bytes read and written, and the seconds waited for.
         saved_bytes: that were copied here so far; what was shared is counted once.
         left_bytes: that fitted nowhere and were left alone so far.
@@ -69,6 +72,7 @@ class ActivationHome:
         eager: bool,
         leaves: bool = False,
         owns_space: bool,
+        devices: Sequence[ComputeDevice] = (),
     ) -> None:
         """Hold activations in `arena` and in `space`.
 
@@ -80,9 +84,11 @@ class ActivationHome:
             leaves: leave alone what fits nowhere or takes more than half of the arena, instead of
                 refusing it.
             owns_space: close() closes it.
+            devices: for which the arena is pinned, whose activations come and go by copies.
         """
         store = space.store if space is not None else None
         self.mover = Mover(arena, arena, store)
+        self.carrier = ActivationCarrier(devices, self.mover) if devices else None
         self.arena_bytes = arena.usage()["budget"]
         self.saved_bytes = 0
         self.left_bytes = 0
@@ -110,7 +116,7 @@ class ActivationHome:
     # -- what the hooks call --------------------------------------------------------------------
 
     def save(self, tensor: torch.Tensor) -> Handle | None:
-        """Return what stands for `tensor`, a dense one on the CPU; None: it is left alone.
+        """Return what stands for `tensor`, a dense one on CPU or device; None: it is left alone.
 
         Raises:
             BudgetError: it does not fit, since there is no disk or it is larger than the arena;
@@ -160,12 +166,17 @@ class ActivationHome:
                 self._saving = False
                 self._peaks = (self._peaks[1], self.live_bytes)
             with self._budget_hint():
-                self.mover.fetch(saved.slab)
-            if saved.slab.lease is None:
-                raise OffloadError(f"{saved.slab.name} is not in memory (internal error)")
-            tensor = handle.view(saved.slab.lease)
+                tensor = self._loaded(handle, saved)
             self._read_ahead(saved)
         return tensor
+
+    def _loaded(self, handle: Handle, saved: SavedRange) -> torch.Tensor:
+        if self.carrier is not None and saved.device is not None:
+            return handle.view_of(self.carrier.load(saved.device, saved.slab))
+        self.mover.fetch(saved.slab)
+        if saved.slab.lease is None:
+            raise OffloadError(f"{saved.slab.name} is not in memory (internal error)")
+        return handle.view(saved.slab.lease)
 
     def discard(self, saved: SavedRange) -> None:
         """Free a range nobody needs any more; now, or if that cannot be, in the next operation.
@@ -189,10 +200,11 @@ class ActivationHome:
                 self._lock.release()
 
     def tidy(self) -> None:
-        """Free all that was discarded."""
+        """Free all that was discarded; copies from a device are waited for."""
         if not self.closed:
             with self._operation():
-                pass
+                while self.carrier is not None and self._discarded:
+                    self._free(self._discarded.pop())
 
     def close(self) -> None:
         """Give everything back. Idempotent."""
@@ -222,7 +234,10 @@ class ActivationHome:
         self, tensor: torch.Tensor, storage: torch.UntypedStorage, begin: int, end: int
     ) -> Claim:
         saved = SavedRange()
+        saved.device = None if self.carrier is None else self.carrier.device_of(tensor)
         saved.shift = (storage.data_ptr() + begin) % _ALIGNMENT
+        if saved.device is not None and saved.shift > begin:
+            saved.shift = 0  # a copy takes in what lies before it, and there is nothing
         nbytes = end - begin + saved.shift
         name = f"an activation ({tensor.dtype} {list(tensor.shape)})"
         # Of a larger part it is not sure that it can come back while others are in use.
@@ -233,11 +248,12 @@ class ActivationHome:
                 "activations; raise Policy(activation_bytes=...)"
             )
         saved.slab = Slab(name, "activations", nbytes, False, None)
+        writes = self._must_write()
         with self._budget_hint():
-            self.mover.hold_new(saved.slab)
-        whole = saved.slab.view(0, (nbytes,), (1,), torch.uint8)
-        source = torch.empty(0, dtype=torch.uint8).set_(storage, begin, (end - begin,), (1,))
-        whole[saved.shift :].copy_(source)
+            if self.carrier is None or saved.device is None:
+                self._copy_on_host(saved, storage, begin, end)
+            else:
+                self._copy_from(saved.device, saved, storage, begin, writes)
         self._sequence += 1
         saved.sequence = self._sequence
         saved.begin, saved.end, saved.address = begin, end, storage.data_ptr()
@@ -245,13 +261,42 @@ class ActivationHome:
         saved.witness, saved.version = witness(tensor), tensor._version
         claim = Claim(self.discard, saved)
         saved.claim = weakref.ref(claim)
-        writes = self._must_write()
         self._link(saved)
         self.live_bytes += nbytes
         self.saved_bytes += nbytes
-        if writes:
+        if writes and saved.device is None:
             self.mover.write_back(saved.slab)
         return claim
+
+    def _copy_on_host(
+        self, saved: SavedRange, storage: torch.UntypedStorage, begin: int, end: int
+    ) -> None:
+        slab = saved.slab
+        self.mover.hold_new(slab)
+        whole = slab.view(0, (slab.nbytes,), (1,), torch.uint8)
+        source = torch.empty(0, dtype=torch.uint8).set_(storage, begin, (end - begin,), (1,))
+        whole[saved.shift :].copy_(source)
+
+    def _copy_from(
+        self,
+        device: ComputeDevice,
+        saved: SavedRange,
+        storage: torch.UntypedStorage,
+        begin: int,
+        writes: bool,
+    ) -> None:
+        """Start copying what lies before `begin` too, by which the copy is aligned as it is."""
+        if self.carrier is None:
+            raise OffloadError(f"{saved.slab.name} cannot be carried (internal error)")
+        slab = saved.slab
+        if writes:
+            slab.swap_object = self._find_place(slab)
+        try:
+            self.carrier.save(device, slab, storage, begin - saved.shift, writes)
+        except BaseException:
+            if slab.swap_object is not None and self._places is not None and not slab.pending:
+                self._places.give_back(slab.swap_object, slab.nbytes)
+            raise
 
     def _link(self, saved: SavedRange) -> None:
         saved.older, saved.newer = self._newest, None
@@ -298,9 +343,15 @@ class ActivationHome:
                 return
             if older.slab.wanted:
                 use = saved.sequence - older.sequence
-                if not self.mover.prefetch(older.slab, use):
+                if not self._bring(older, use):
                     return
             older = older.older
+
+    def _bring(self, saved: SavedRange, use: int) -> bool:
+        carrier, device = self.carrier, saved.device
+        if carrier is not None and device is not None and carrier.may_bring(saved.slab):
+            return carrier.bring(device, saved.slab, use)
+        return self.mover.prefetch(saved.slab, use)
 
     # -- freeing --------------------------------------------------------------------------------
 
@@ -310,13 +361,18 @@ class ActivationHome:
         try:
             while self._discarded:
                 saved = self._discarded.pop()
-                pending = saved.slab.pending
-                if pending is not None and (idle_only or not pending.done()):
+                if self._is_busy(saved.slab, idle_only):
                     busy.append(saved)
                 else:
                     self._free(saved)
         finally:
             self._discarded += busy
+
+    def _is_busy(self, slab: Slab, idle_only: bool) -> bool:
+        """Whether `slab` has a transfer in flight: with `idle_only`, even one that has ended."""
+        if slab.pending is not None and (idle_only or not slab.pending.done()):
+            return True
+        return self.carrier is not None and self.carrier.is_reading(slab)
 
     def _free(self, saved: SavedRange) -> None:
         if saved.newer is not None:
@@ -332,6 +388,8 @@ class ActivationHome:
             del self._by_storage[saved.storage.cdata]
         del self._sequences[saved.slab]
         slab = saved.slab
+        if self.carrier is not None:
+            self.carrier.forget(slab)
         self.live_bytes -= slab.nbytes
         try:
             self.mover.settle(slab)

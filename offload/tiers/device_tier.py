@@ -44,6 +44,7 @@ class DeviceTier:
     """The device memory of one wrapped model. Not thread-safe: the owner serialises.
 
     Attributes:
+        compute: the device.
         device: the core's.
         shares_memory: with the host.
         places: where in the ring the copies go.
@@ -65,7 +66,7 @@ class DeviceTier:
         debug: bool = False,
     ) -> None:
         """Copy slabs of `mover`, whose arenas are pinned for the device."""
-        self._compute = compute
+        self.compute = compute
         self.device = compute.native
         self.home = home
         self.ring = ring
@@ -121,9 +122,9 @@ class DeviceTier:
         if lease is None:
             return False
         if slab.residency is Residency.ABSENT:
-            self._compute.follow()
+            self.compute.follow()
             lease.acquire("compute")
-            self._copies[slab] = DeviceCopy(self._compute, lease)
+            self._copies[slab] = DeviceCopy(self.compute, lease)
             self._note_use(slab, made=True)
         else:
             self._mover.fetch(slab)
@@ -139,7 +140,7 @@ class DeviceTier:
         """
         copy = self._copies[slab]
         self._note_use(slab)
-        self._compute.follow()
+        self.compute.follow()
         if copy.arrival is not None:
             try:
                 self._wait_stream(slab, copy.arrival, "compute")
@@ -188,8 +189,8 @@ class DeviceTier:
     def hold_new(self, slab: Slab) -> DeviceCopy:
         """Return memory for `slab`, which is locked, to be filled by the compute stream."""
         if slab not in self._copies:
-            self._copies[slab] = DeviceCopy(self._compute, self._take(slab))
-            self._compute.follow()
+            self._copies[slab] = DeviceCopy(self.compute, self._take(slab))
+            self.compute.follow()
             self._copies[slab].lease.acquire("compute")
         self._note_use(slab, made=True)
         return self.ready(slab)
@@ -238,7 +239,7 @@ class DeviceTier:
     def _note(
         self, slab: Slab, lease: _native.DeviceLease, arrival: _native.DeviceTransfer
     ) -> None:
-        copy = self._copies[slab] = DeviceCopy(self._compute, lease)
+        copy = self._copies[slab] = DeviceCopy(self.compute, lease)
         copy.arrival = arrival
         self._reading.pop(slab, None)
         self._reading[slab] = arrival
@@ -265,7 +266,7 @@ class DeviceTier:
         copy = self._copies.get(slab)
         if copy is None or not copy.ahead:
             return
-        self._compute.follow()
+        self.compute.follow()
         computed = self.device.record("compute")
         on_disk = to_disk and slab.swap_object is not None
         store, swap_object = (self._mover.store, slab.swap_object) if on_disk else (None, None)

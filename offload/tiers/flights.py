@@ -19,7 +19,8 @@ class Departure:
     Attributes:
         slab: whose bytes are moved.
         is_write: to the disk, rather than to the slab's memory.
-        nbytes: that are moved.
+        nbytes: that are moved from the disk, or to it if `is_write`.
+        written: that go on to the disk, of a transfer from elsewhere.
         blocks: of a PARTIAL slab, that it brings.
         started: the transfer, once there is one.
     """
@@ -28,6 +29,7 @@ class Departure:
     is_write: bool
     nbytes: int
     blocks: Sequence[int] = ()
+    written: int = 0
     started: Sequence[Arrival] = ()
 
 
@@ -82,6 +84,7 @@ class Flights:
             self.written_bytes += departure.nbytes
         elif departure.started:
             self.read_bytes += departure.nbytes
+            self.written_bytes += departure.written
 
     def end(self, slab: Slab) -> None:
         """The transfer of `slab` has ended, whatever came of it."""

@@ -133,7 +133,8 @@ class Mover:
             raise OffloadError(f"{slab.name} is not in memory (internal error)")
         slab.changed_in_flight = not on_disk
         self._checksums.expect(slab, checksum)
-        return self._flights.start(Departure(slab, False, slab.nbytes), start(slab.lease), ())
+        departure = Departure(slab, False, 0, written=slab.nbytes if on_disk else 0)
+        return self._flights.start(departure, start(slab.lease), ())
 
     def read_on(
         self,

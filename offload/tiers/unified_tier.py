@@ -57,8 +57,8 @@ class UnifiedTier(DeviceTier):
         """Return the copy of `slab`, whose bytes are in memory."""
         copy = self._copies.get(slab)
         if copy is None:
-            copy = self._copies[slab] = DeviceCopy(self._compute, self._lease_of(slab))
-        self._compute.follow()
+            copy = self._copies[slab] = DeviceCopy(self.compute, self._lease_of(slab))
+        self.compute.follow()
         return copy
 
     def _lease_of(self, slab: Slab) -> _native.DeviceLease:

@@ -33,18 +33,7 @@ def measure_update_rates(
         device.fill(lease, 0)
     via = host.allocate(nbytes)
     torch.frombuffer(via, dtype=torch.uint8, count=nbytes).zero_()
-    transfers = _native.DeviceTransfers(device)
-    filled = device.record("compute")
-    device.wait("h2d", filled, "start of a measurement")
-
-    def to_device() -> None:
-        transfers.fetch(leases[0], via, nbytes).wait()
-
-    def to_host() -> None:
-        transfers.spill(leases[0], via, nbytes, after=device.record("h2d")).wait()
-
-    fetched, sent = _seconds(to_device), _seconds(to_host)
-    device.drain()
+    to_device, to_host = _link_rates(device, leases[0], via, nbytes)
     segments = [_segment(nbytes // 4)]
     param, grad, *states = (lease.address for lease in leases)
 
@@ -58,9 +47,38 @@ def measure_update_rates(
     return UpdateRates(
         cpu=_ARRAYS * nbytes / _cpu_seconds(nbytes // 4, segments),
         kernel=_ARRAYS * nbytes / computed,
-        to_device=nbytes / fetched,
-        to_host=nbytes / sent,
+        to_device=to_device,
+        to_host=to_host,
     )
+
+
+def measure_link(
+    device: _native.Device, arena: _native.DeviceArena, host: _native.HostArena
+) -> tuple[float, float]:
+    """Return bytes per second to `device` and from it; its `arena` and `host` are empty."""
+    nbytes = min(arena.usage()["budget"], host.usage()["budget"], _MOST_BYTES) // 4096 * 4096
+    lease, via = arena.allocate(nbytes, "sample"), host.allocate(nbytes)
+    device.fill(lease, 0)
+    torch.frombuffer(via, dtype=torch.uint8, count=nbytes).zero_()
+    return _link_rates(device, lease, via, nbytes)
+
+
+def _link_rates(
+    device: _native.Device, lease: _native.DeviceLease, via: _native.Lease, nbytes: int
+) -> tuple[float, float]:
+    transfers = _native.DeviceTransfers(device)
+    filled = device.record("compute")
+    device.wait("h2d", filled, "start of a measurement")
+
+    def to_device() -> None:
+        transfers.fetch(lease, via, nbytes).wait()
+
+    def to_host() -> None:
+        transfers.spill(lease, via, nbytes, after=device.record("h2d")).wait()
+
+    rates = nbytes / _seconds(to_device), nbytes / _seconds(to_host)
+    device.drain()
+    return rates
 
 
 def _cpu_seconds(numel: int, segments: list[_native.UpdateSegment]) -> float:

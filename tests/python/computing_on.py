@@ -51,8 +51,6 @@ def on_device(device: str, patch: pytest.MonkeyPatch, update: str = "cpu") -> It
         if update != "cpu":
             nbytes = smallest_device_budget(specs, updates=True)
         budget = dataclasses.replace(policy.budget, device=nbytes)
-        if is_cuda(device) and policy.activations not in ("keep", "recompute"):
-            pytest.skip("activations are not moved from CUDA devices")
         plan(self, dataclasses.replace(policy, device=names, budget=budget, update=update), specs)
 
     patch.setattr(Resources, "__init__", plan_with_device)

@@ -141,6 +141,7 @@ ON_DEVICE = Budget(host=1, device=1)
         (["cuda:0", "simulated"], "all be CUDA devices, or all simulated"),
         (["cpu", "cpu"], "all be CUDA devices, or all simulated"),
         (["cuda:0", "mps"], r"device=\['cuda:0', 'mps'\]\): expected"),
+        (["simulated:unified"] * 2, "host's memory can only be the only one"),
         ([["cuda:0"]], "expected"),
     ],
 )

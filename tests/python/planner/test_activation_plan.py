@@ -120,3 +120,16 @@ def test_a_budget_too_small_for_activations_names_the_smallest() -> None:
     place(units, least, DiskSpec(), activation_bytes=16 * MIB)
     with pytest.raises(BudgetError, match=f"is {least} bytes .* {16 * MIB} of them for activ"):
         place(units, least - 1, DiskSpec(), activation_bytes=16 * MIB)
+
+
+def test_a_slow_link_makes_recomputing_worth_it() -> None:
+    """Nothing goes to disk; 4 GB over 1 GB/s take as long as the compute of four forwards."""
+    blocks = [BlockCost(f"b{i}", 10**9, 10**7, 0.25) for i in range(4)]
+    near = Rates(room_bytes=10**10, read_bps=0.0, write_bps=0.0)
+    assert set(choose_treatment(blocks, 0, near).treatment) == {"host"}
+    slow = Rates(10**10, 0.0, 0.0, 0.0, to_host_bps=1e9, to_device_bps=1e9)
+    choice = choose_treatment(blocks, 0, slow)
+    assert choice.treatment.count("recompute") >= 2
+    fast = Rates(10**10, 0.0, 0.0, 0.0, to_host_bps=25e9, to_device_bps=25e9)
+    assert set(choose_treatment(blocks, 0, fast).treatment) == {"host"}
+    assert choose_treatment(blocks, 0, fast).seconds == choose_treatment(blocks, 0, near).seconds

@@ -27,7 +27,7 @@ from offload.tiers.device_tier import COPY, DeviceTier
 from offload.tiers.joined_tiers import JoinedTiers
 from offload.tiers.mover import Mover
 
-pytestmark = pytest.mark.own_device
+pytestmark = [pytest.mark.own_device, pytest.mark.usefixtures("one_thread")]
 LATEST = ["simulated:latest", "simulated:latest"]
 UNIT = 2 * 1054720
 """Parameters and gradients of a block of t.Stack."""

@@ -203,10 +203,10 @@ def test_a_gpu_is_asked_what_it_is(unified: bool, monkeypatch: pytest.MonkeyPatc
     policy = offload.Policy(offload.Budget(host="1GiB"), device="cuda:1")
     where = torch.device("cuda", 1)
     if unified:
-        assert compute_device.shares_memory(policy, where)
+        assert compute_device.shares_memory(policy, [where])
     else:
         with pytest.raises(offload.PolicyError, match=re.escape("needs Budget(device=...)")):
-            compute_device.shares_memory(policy, where)
+            compute_device.shares_memory(policy, [where])
     assert asked == [1]
 
 

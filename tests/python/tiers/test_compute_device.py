@@ -88,13 +88,6 @@ def test_names_that_are_none(device: Any) -> None:
         policy(device)
 
 
-@pytest.mark.parametrize("activations", ["host", "disk", "auto"])
-def test_activations_stay_on_a_cuda_device(activations: str) -> None:
-    with pytest.raises(offload.PolicyError, match='use "keep" or "recompute"'):
-        policy("cuda", activations=activations, swap_dir="/tmp")
-    policy("cuda", activations="recompute", swap_dir="/tmp")
-
-
 def test_wrap_refuses_a_device_that_is_not_there() -> None:
     if torch.cuda.is_available():
         pytest.skip("there is one")
