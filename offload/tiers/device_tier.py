@@ -244,6 +244,10 @@ class DeviceTier:
         self._reading.pop(slab, None)
         self._reading[slab] = arrival
 
+    def note_renewed(self, slab: Slab) -> None:
+        """The compute stream has given the copy what `slab` holds."""
+        self._checksums.note_arrival(slab, self._copies[slab])
+
     # -- to the host ------------------------------------------------------------------------------
 
     def pull(self, slab: Slab) -> None:

@@ -58,6 +58,7 @@ class Pointers:
         if unit.tier is not None:
             for param in unit.params:
                 self.view(param).copy_(param.view(unit.param_slab))
+            unit.tier.note_renewed(unit.param_slab)
 
     def hide(self, param: OffloadedParam) -> None:
         """Make the attached parameter a placeholder."""
