@@ -255,7 +255,8 @@ REASONS = [
 @pytest.mark.parametrize("device", ["simulated:latest", "simulated:earliest"])
 @pytest.mark.parametrize("reason", REASONS)
 def test_no_wait_between_streams_may_be_missing(reason: str, device: str, tmp_path: Path) -> None:
-    model = offloaded(tmp_path, device)
+    # Comparing checksums makes streams wait for more.
+    model = offloaded(tmp_path, device, debug=False)
     tier_of(model).device.omit_waits(reason)
     with pytest.raises(offload.UnorderedAccessError):
         train(model)
