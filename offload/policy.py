@@ -119,7 +119,7 @@ class Policy:
         device: where the compute runs: "cpu", "cuda", "cuda:1" or such a ``torch.device``.
             Parameters and gradients are copied to ``Budget(device=...)`` bytes of a CUDA device
             while they are in use, and are tensors there; ``wrap`` moves buffers there for good.
-            Inputs are the user's to move, updates are done on the host. "simulated" is a device
+            Inputs are the user's to move; of updates see ``update``. "simulated" is a device
             without one, for tests of offload: memory apart from the host's, copies that are done
             late, and a check that nothing is used without waiting for it; "simulated:latest" ends
             copies as late as CUDA may, "simulated:earliest" at once; "simulated:unified" has the
