@@ -13,8 +13,9 @@ by this machine's page cache, but under a virtual machine the host has one. So t
 
 How fast a disk is can depend on how much memory the transfers rotate over: under a virtual machine
 the host copies, and what was used a moment ago is in its cache. fio's buffers are depth x block,
-16 MiB, and cannot be more; the store's are --buffers, 24 MiB, so that like is compared with like. A
-training run rotates over more: --buffers 192 measures that.
+16 MiB, and cannot be more; the store's are --buffers, 24 MiB, so that like is compared with like:
+the depth in flight and what waits behind it, in six transfers. A training run rotates over more:
+--buffers 192 measures that.
 
     python benchmarks/io.py                       # about 8 minutes, 33 GB of disk
     python benchmarks/io.py --only read --swap-dir /mnt/nvme
@@ -82,8 +83,8 @@ def parse_arguments() -> argparse.Namespace:
         options.rounds, options.seconds, options.size = 1, 0.2, 256
     if options.rounds < 1 or options.seconds <= 0 or options.size < 64 or options.size % 64 != 0:
         parser.error("--rounds and --seconds must be positive, --size a multiple of 64")
-    if options.buffers < 3 or options.buffers % 3 != 0 or 4 * options.buffers > 3 * options.size:
-        parser.error("--buffers must be a multiple of 3, and --size four thirds of it")
+    if options.buffers < 6 or options.buffers % 6 != 0 or 4 * options.buffers > 3 * options.size:
+        parser.error("--buffers must be a multiple of 6, and --size four thirds of it")
     return options
 
 

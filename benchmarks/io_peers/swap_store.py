@@ -27,7 +27,7 @@ from io_peers.measurement import MIB, Measurement, Meter, Progress
 from offload import _native
 from offload.optim.aten_rounding import aten_rounding
 
-LEASES = 3
+LEASES = 6
 JOBS = 4
 STAGING_BLOCKS = 32
 Start = Callable[[_native.Lease, int], _native.Transfer]
