@@ -30,17 +30,13 @@ from offload.tiers.activation_handle import Claim, Handle, SavedRange, witness
 from offload.tiers.activation_places import ActivationPlaces
 from offload.tiers.activation_range import byte_range
 from offload.tiers.compute_device import ComputeDevice
-from offload.tiers.eviction import NEVER
 from offload.tiers.mover import Mover
+from offload.tiers.saved_ranges import SavedRanges
 from offload.tiers.slab import Slab
 from offload.tiers.swap_space import SwapSpace
 
 _LOOKAHEAD = 64
 """Saved ranges that are considered for reading ahead."""
-
-_SAME_OPERATION = 8
-"""An operation saves about so many ranges at the most. It needs them in the order in which it saved
-them, though the backward goes from operation to operation in the reverse order."""
 
 _SLACK = 4
 """One part in so many of the arena is not counted on at the end of a forward: what is being read
@@ -102,14 +98,10 @@ class ActivationHome:
         self._places = ActivationPlaces(space) if space is not None else None
         if self._places is not None:
             self.mover.find_place = self._find_place
-        self.mover.use_of = self._use_of
-        self._now = 0  # the sequence number of what was saved or loaded last
-        self._sequences: dict[Slab, int] = {}
-        self._newest: SavedRange | None = None
-        self._by_storage: dict[int, list[SavedRange]] = {}
+        self._ranges = SavedRanges()
+        self.mover.use_of = self._ranges.use_of
         self._discarded: list[SavedRange] = []
         self._operations = 0  # under way; finalizers then leave everything alone
-        self._sequence = 0
         self._peaks = (0, 0)  # bytes alive when the last two backwards began
         self._saving = False
 
@@ -129,7 +121,7 @@ class ActivationHome:
         begin, end = extent
         storage = tensor.untyped_storage()
         with self._operation():
-            claim = self._shared(storage, begin, end)
+            claim = self._ranges.find(storage, begin, end)
             if claim is None:
                 try:
                     claim = self._copy(tensor, storage, begin, end)
@@ -161,7 +153,7 @@ class ActivationHome:
         handle.check_version()
         with self._operation():
             saved = handle.claim.saved
-            self._now = saved.sequence
+            self._ranges.loading(saved)
             if self._saving:
                 self._saving = False
                 self._peaks = (self._peaks[1], self.live_bytes)
@@ -222,14 +214,6 @@ class ActivationHome:
 
     # -- saving ---------------------------------------------------------------------------------
 
-    def _shared(self, storage: torch.UntypedStorage, begin: int, end: int) -> Claim | None:
-        # The weak references keep the key from being used for another storage.
-        for saved in self._by_storage.get(storage._cdata, ()):
-            claim = saved.claim()
-            if claim is not None and saved.serves(storage, begin, end):
-                return claim
-        return None
-
     def _copy(
         self, tensor: torch.Tensor, storage: torch.UntypedStorage, begin: int, end: int
     ) -> Claim:
@@ -254,14 +238,13 @@ class ActivationHome:
                 self._copy_on_host(saved, storage, begin, end)
             else:
                 self._copy_from(saved.device, saved, storage, begin, writes)
-        self._sequence += 1
-        saved.sequence = self._sequence
         saved.begin, saved.end, saved.address = begin, end, storage.data_ptr()
         saved.storage = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
         saved.witness, saved.version = witness(tensor), tensor._version
         claim = Claim(self.discard, saved)
         saved.claim = weakref.ref(claim)
-        self._link(saved)
+        self._ranges.add(saved)
+        self._saving = True
         self.live_bytes += nbytes
         self.saved_bytes += nbytes
         if writes and saved.device is None:
@@ -298,15 +281,6 @@ class ActivationHome:
                 self._places.give_back(slab.swap_object, slab.nbytes)
             raise
 
-    def _link(self, saved: SavedRange) -> None:
-        saved.older, saved.newer = self._newest, None
-        if self._newest is not None:
-            self._newest.newer = saved
-        self._newest = saved
-        self._by_storage.setdefault(saved.storage.cdata, []).append(saved)
-        self._sequences[saved.slab] = self._now = saved.sequence
-        self._saving = True
-
     def _must_write(self) -> bool:
         """Whether the range being saved will have to leave memory before it is needed."""
         if self.mover.store is None:
@@ -321,31 +295,12 @@ class ActivationHome:
             raise OffloadError(f"{slab.name} has no place on disk (internal error)")
         return self._places.take(slab.nbytes)
 
-    def _use_of(self, slab: Slab) -> int:
-        """When a slab is needed: what was saved before `_now` in the reverse order, then others.
-
-        What was saved shortly after it may belong to the same operation, and is needed at once.
-        """
-        sequence = self._sequences.get(slab)
-        if sequence is None:
-            return NEVER
-        later = sequence - self._now
-        if later <= 0:
-            return -later
-        return 0 if later <= _SAME_OPERATION else NEVER - sequence
-
     # -- loading --------------------------------------------------------------------------------
 
     def _read_ahead(self, saved: SavedRange) -> None:
-        older = saved.older
-        for _ in range(_LOOKAHEAD):
-            if older is None:
+        for older, use in self._ranges.before(saved, _LOOKAHEAD):
+            if older.slab.wanted and not self._bring(older, use):
                 return
-            if older.slab.wanted:
-                use = saved.sequence - older.sequence
-                if not self._bring(older, use):
-                    return
-            older = older.older
 
     def _bring(self, saved: SavedRange, use: int) -> bool:
         carrier, device = self.carrier, saved.device
@@ -375,18 +330,7 @@ class ActivationHome:
         return self.carrier is not None and self.carrier.is_reading(slab)
 
     def _free(self, saved: SavedRange) -> None:
-        if saved.newer is not None:
-            saved.newer.older = saved.older
-        if saved.older is not None:
-            saved.older.newer = saved.newer
-        if self._newest is saved:
-            self._newest = saved.older
-        saved.older = saved.newer = None
-        ranges = self._by_storage[saved.storage.cdata]
-        ranges.remove(saved)
-        if not ranges:
-            del self._by_storage[saved.storage.cdata]
-        del self._sequences[saved.slab]
+        self._ranges.remove(saved)
         slab = saved.slab
         if self.carrier is not None:
             self.carrier.forget(slab)
