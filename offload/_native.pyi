@@ -756,8 +756,11 @@ class UpdatePipeline:
         states: Sequence[UpdateOperand],
         scales: Sequence[UpdateOperand],
         segments: Sequence[UpdateSegment],
+        after: Sequence[Transfer | DeviceTransfer] = (),
     ) -> Transfer:
-        """Queue the update of one unit; returns at once.
+        """Queue the update of one unit; returns at once. It starts when `after` have ended.
+
+        When one of them fails, the job ends with its error and changes nothing; others go on.
 
         Element i of each operand belongs together; widths follow from `format`. `scales` are those
         of int8 states, fp32, one per `quant_block` elements, in memory. `segments` ascend; elements

@@ -8,6 +8,7 @@
 #include <memory>
 #include <string>
 #include <utility>
+#include <variant>
 #include <vector>
 
 #include "bind/bindings.h"
@@ -16,6 +17,7 @@
 #include "mem/host_memory.h"
 #include "optim/update_rule.h"
 #include "store/swap_store.h"
+#include "stream/device_transfer.h"
 #include "stream/transfer.h"
 #include "stream/update_pipeline.h"
 
@@ -49,6 +51,17 @@ UpdateJob make_job(std::uint64_t numel, const UpdateFormat& format, std::uint64_
   put_states(scales, job.scales.begin(), "rows of scales");
   job.segments = std::move(segments);
   return job;
+}
+
+using AnyTransfer = std::variant<std::shared_ptr<Transfer>, std::shared_ptr<DeviceTransfer>>;
+
+Prerequisites prerequisites(const std::vector<AnyTransfer>& after) {
+  Prerequisites all;
+  all.reserve(after.size());
+  for (const AnyTransfer& one : after) {
+    std::visit([&](const auto& transfer) { all.push_back(transfer); }, one);
+  }
+  return all;
 }
 
 }  // namespace
@@ -90,15 +103,18 @@ void bind_update(py::module_& m) {
           [](UpdatePipeline& pipeline, std::uint64_t numel, const UpdateFormat& format,
              std::uint64_t seed, const UpdateOperand& param, const UpdateOperand& grad,
              const UpdateOperand* master, const std::vector<UpdateOperand>& states,
-             const std::vector<UpdateOperand>& scales, std::vector<UpdateSegment> segments) {
+             const std::vector<UpdateOperand>& scales, std::vector<UpdateSegment> segments,
+             const std::vector<AnyTransfer>& after) {
             UpdateJob job = make_job(numel, format, seed, param, grad, master, states, scales,
                                      std::move(segments));
-            auto transfer = unlocked([&] { return pipeline.submit(std::move(job)); });
+            auto transfer =
+                unlocked([&] { return pipeline.submit(std::move(job), prerequisites(after)); });
             release_dropped();  // of jobs that are done
             return take(std::move(transfer));
           },
           py::arg("numel"), py::arg("format"), py::arg("seed"), py::arg("param"), py::arg("grad"),
-          py::arg("master").none(true), py::arg("states"), py::arg("scales"), py::arg("segments"))
+          py::arg("master").none(true), py::arg("states"), py::arg("scales"), py::arg("segments"),
+          py::arg("after") = std::vector<AnyTransfer>())
       .def("stats",
            [](const UpdatePipeline& pipeline) {
              const UpdatePipeline::Stats stats = pipeline.stats();

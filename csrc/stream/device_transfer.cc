@@ -165,10 +165,31 @@ void DeviceTransfer::set_issued(Event event) {
 void DeviceTransfer::finish(const Status& status) {
   device_.reset();
   host_.reset();
-  std::lock_guard<std::mutex> lock(mutex_);
-  status_ = status;
-  done_ = true;
-  changed_.notify_all();
+  std::vector<Callback> followers;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    status_ = status;
+    done_ = true;
+    followers.swap(followers_);
+    changed_.notify_all();
+  }
+  for (const Callback& follower : followers) follower(status);
+}
+
+void DeviceTransfer::when_done(Callback callback) {
+  std::unique_lock<std::mutex> lock(mutex_);
+  if (!done_) {
+    followers_.push_back(std::move(callback));
+    return;
+  }
+  const Status status = status_;
+  lock.unlock();
+  callback(status);
+}
+
+bool DeviceTransfer::await(unsigned milliseconds) {
+  const Result<bool> ended = wait_for(milliseconds);
+  return ended.is_ok() && ended.value();
 }
 
 bool DeviceTransfer::issued() const {

@@ -24,12 +24,14 @@
 #include <mutex>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "base/status.h"
 #include "device/device_span.h"
 #include "mem/host_memory.h"
 #include "store/swap_store.h"
 #include "stream/device_completions.h"
+#include "stream/prerequisite.h"
 #include "sys/at_fork.h"
 
 namespace offload {
@@ -43,7 +45,7 @@ struct DiskEnd {
   IoPriority priority = IoPriority::kBackground;
 };
 
-class DeviceTransfer : public std::enable_shared_from_this<DeviceTransfer> {
+class DeviceTransfer : public Prerequisite, public std::enable_shared_from_this<DeviceTransfer> {
  public:
   // Why streams wait for each other here, for Device::wait().
   static constexpr const char* kArrival = "copy to the device before its use";
@@ -76,6 +78,9 @@ class DeviceTransfer : public std::enable_shared_from_this<DeviceTransfer> {
   Result<bool> wait_for(unsigned milliseconds);
   // REQUIRES: done().
   Status status() const;
+  void when_done(Callback callback) override;
+  // In a forked child, where it never ends, false.
+  bool await(unsigned milliseconds) override;
 
   // What has not started does not: no read, no copy after a read, no write after a copy. The
   // transfer then ends with kCancelled, and what was to be written keeps its former version.
@@ -129,6 +134,7 @@ class DeviceTransfer : public std::enable_shared_from_this<DeviceTransfer> {
   bool done_ = false;
   bool stalled_ = false;  // counted
   Status status_;
+  std::vector<Callback> followers_;  // until done
 };
 
 }  // namespace offload

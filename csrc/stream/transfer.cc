@@ -1,5 +1,6 @@
 #include "stream/transfer.h"
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <span>
@@ -108,23 +109,65 @@ bool Transfer::done() const {
   return done_;
 }
 
+Prerequisites Transfer::prerequisites() const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return after_;
+}
+
+void Transfer::await_prerequisites() const {
+  constexpr unsigned kLookMs = 1000;
+  for (const std::shared_ptr<Prerequisite>& one : prerequisites()) {
+    while (!one->await(kLookMs)) {
+    }
+  }
+}
+
 Status Transfer::wait() {
+  await_prerequisites();
   std::unique_lock<std::mutex> lock(mutex_);
   finished_.wait(lock, [this] { return done_; });
   return status_;
 }
 
 bool Transfer::wait_for(unsigned milliseconds) const {
+  using std::chrono::steady_clock;
+  const auto deadline = steady_clock::now() + std::chrono::milliseconds(milliseconds);
+  for (const std::shared_ptr<Prerequisite>& one : prerequisites()) {
+    const auto left = std::chrono::ceil<std::chrono::milliseconds>(deadline - steady_clock::now());
+    if (!one->await(static_cast<unsigned>(std::max<std::int64_t>(left.count(), 0)))) return done();
+  }
   std::unique_lock<std::mutex> lock(mutex_);
-  return finished_.wait_for(lock, std::chrono::milliseconds(milliseconds),
-                            [this] { return done_; });
+  return finished_.wait_for(lock, deadline - steady_clock::now(), [this] { return done_; });
+}
+
+void Transfer::when_done(Callback callback) {
+  std::unique_lock<std::mutex> lock(mutex_);
+  if (!done_) {
+    followers_.push_back(std::move(callback));
+    return;
+  }
+  const Status status = status_;
+  lock.unlock();
+  callback(status);
+}
+
+void Transfer::follow(Prerequisites after) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  after_ = std::move(after);
 }
 
 void Transfer::finish(const Status& status) {
-  std::lock_guard<std::mutex> lock(mutex_);
-  status_ = status;
-  done_ = true;
-  finished_.notify_all();
+  Prerequisites after;  // goes without the lock
+  std::vector<Callback> followers;
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    status_ = status;
+    done_ = true;
+    after.swap(after_);
+    followers.swap(followers_);
+    finished_.notify_all();
+  }
+  for (const Callback& follower : followers) follower(status);
 }
 
 }  // namespace offload

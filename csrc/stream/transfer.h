@@ -11,16 +11,18 @@
 #include <memory>
 #include <mutex>
 #include <span>
+#include <vector>
 
 #include "base/status.h"
 #include "mem/host_memory.h"
 #include "store/file_ranges.h"
 #include "store/swap_store.h"
+#include "stream/prerequisite.h"
 #include "sys/at_fork.h"
 
 namespace offload {
 
-class Transfer {
+class Transfer : public Prerequisite {
  public:
   // Moves the first `nbytes` of the lease to (write) or from (read) the whole of `object`. kInvalid
   // when that is not the object's size.
@@ -55,14 +57,20 @@ class Transfer {
   Status wait();
   // The same for at most `milliseconds`; false when that was not enough.
   bool wait_for(unsigned milliseconds) const;
+  void when_done(Callback callback) override;
+  bool await(unsigned milliseconds) override { return wait_for(milliseconds); }
 
   // What of it has not started yet does not; the transfer then ends with kCancelled, a write
   // leaving the previous version. One that is further on, or an optimizer update, ends as it would
   // have.
   void cancel() { cancelled_ = true; }
 
-  // By whoever carries the transfer out, once.
+  // By whoever carries the transfer out: before anybody else has it, what its work follows, which
+  // a waiter waits for too; at last, once, its outcome.
+  void follow(Prerequisites after);
   void finish(const Status& status);
+  // Waits for what its work follows.
+  void await_prerequisites() const;
 
  private:
   static Result<std::shared_ptr<Transfer>> start(SwapStore& store, IoOp op, ObjectId object,
@@ -73,11 +81,15 @@ class Transfer {
   static Result<std::shared_ptr<Transfer>> from_files(const FileRanges& ranges,
                                                       std::shared_ptr<Lease> lease, Read read);
 
+  Prerequisites prerequisites() const;
+
   std::atomic<bool> cancelled_{false};
-  mutable std::mutex mutex_;
+  mutable std::mutex mutex_;  // guards all below
   mutable ForkSafeCondition finished_;
   bool done_ = false;
   Status status_;
+  Prerequisites after_;              // until done
+  std::vector<Callback> followers_;  // likewise
 };
 
 }  // namespace offload

@@ -1,45 +1,13 @@
 #include "stream/update_pipeline.h"
 
 #include <algorithm>
-#include <chrono>
 #include <string>
 #include <utility>
 
 #include "stream/update_chunk.h"
+#include "stream/update_pipeline_parts.h"
 
 namespace offload {
-namespace {
-
-// Runs the chunk's kernels; the nanoseconds that they took.
-std::uint64_t run(UpdateChunk& chunk) {
-  const auto begun = std::chrono::steady_clock::now();
-  chunk.update();
-  const auto spent = std::chrono::steady_clock::now() - begun;
-  return static_cast<std::uint64_t>(
-      std::chrono::duration_cast<std::chrono::nanoseconds>(spent).count());
-}
-
-}  // namespace
-
-struct UpdatePipeline::Job {
-  UpdateJob spec;
-  UpdateLayout layout;
-  std::shared_ptr<Transfer> transfer = std::make_shared<Transfer>();
-  std::uint64_t order = 0;    // of submission; guarded by the pipeline's mutex, as are those below
-  std::uint64_t started = 0;  // chunks
-  std::uint64_t open = 0;
-  Status status;
-};
-
-// A chunk of a job with something on disk.
-struct UpdatePipeline::Chunk {
-  UpdatePipeline* pipeline = nullptr;
-  std::shared_ptr<Job> job;
-  UpdateChunk work;
-  unsigned reads_open = 0;  // transfers; guarded by the pipeline's mutex, as is their outcome
-  Status read;
-};
-
 UpdatePipeline::UpdatePipeline(std::shared_ptr<SwapStore> store, Options options)
     : store_(std::move(store)),
       options_(options),
@@ -95,25 +63,46 @@ Result<std::shared_ptr<UpdatePipeline::Job>> UpdatePipeline::make_job(UpdateJob 
   return job;
 }
 
-Result<std::shared_ptr<Transfer>> UpdatePipeline::submit(UpdateJob spec) {
+Result<std::shared_ptr<Transfer>> UpdatePipeline::submit(UpdateJob spec, Prerequisites after) {
   if (!owner_.is_current()) return forked_error("submit");
   Result<std::shared_ptr<Job>> made = make_job(std::move(spec));
   if (!made.is_ok()) return made.status();
   const std::shared_ptr<Job> job = made.take();
   const std::shared_ptr<Transfer> transfer = job->transfer;
+  transfer->follow(after);
   {
     const Lock lock(mutex_);
     if (closing_) return Status::error(Code::kClosed, "the update pipeline is closed");
     if (!error_.is_ok()) return error_;
     job->order = stats_.jobs++;
-    if (job->layout.chunks > 0) {
-      (job->layout.any_on_disk ? on_disk_ : in_memory_).push_back(job);
-      wake_for(*job);
-      return transfer;
-    }
+    waiting_.push_back(job);
   }
-  finish({job});
+  if (after.empty()) {
+    start(job, Status::ok());
+    return transfer;
+  }
+  when_all_done(after, [this, job](const Status& status) { start(job, status); });
   return transfer;
+}
+
+void UpdatePipeline::start(const std::shared_ptr<Job>& job, const Status& status) {
+  Lock lock(mutex_);
+  job->status = status.is_ok() ? error_ : status.with_context("before an optimizer update");
+  if (job->status.is_ok() && job->layout.chunks > 0) {
+    Jobs& jobs = job->layout.any_on_disk ? on_disk_ : in_memory_;
+    const auto later = std::find_if(jobs.begin(), jobs.end(), [&](const std::shared_ptr<Job>& one) {
+      return one->order > job->order;
+    });
+    jobs.insert(later, job);
+    wake_for(*job);
+  } else {
+    lock.unlock();
+    finish({job});
+    lock.lock();
+  }
+  // Last of all: close() may end this object once no job waits.
+  waiting_.erase(std::find(waiting_.begin(), waiting_.end(), job));
+  if (closing_) changed_.notify_all();
 }
 
 void UpdatePipeline::wake_for(const Job& job) {
@@ -160,7 +149,8 @@ void UpdatePipeline::work() {
       lock.unlock();
       update(std::move(chunk));
       lock.lock();
-    } else if (closing_ && chunks_open_ == 0 && on_disk_.empty() && in_memory_.empty()) {
+    } else if (closing_ && chunks_open_ == 0 && waiting_.empty() && on_disk_.empty() &&
+               in_memory_.empty()) {
       return;
     } else {
       ++asleep_;
@@ -185,7 +175,7 @@ void UpdatePipeline::update_in_memory(Lock& lock) {
   lock.unlock();
   UpdateChunk work;
   work.begin(job->spec, job->layout, index);
-  const std::uint64_t spent = run(work);
+  const std::uint64_t spent = run_timed(work);
   std::vector<std::shared_ptr<Job>> ended;
   lock.lock();
   count(spent);
@@ -201,117 +191,6 @@ void UpdatePipeline::update_in_memory(Lock& lock) {
 void UpdatePipeline::count(std::uint64_t update_ns) {
   ++stats_.chunks;
   stats_.update_ns += update_ns;
-}
-
-// --- chunks with something on disk ---------------------------------------------------------------
-
-std::unique_ptr<UpdatePipeline::Chunk> UpdatePipeline::take_chunk() {
-  if (idle_.empty()) return std::make_unique<Chunk>();
-  auto chunk = std::move(idle_.back());
-  idle_.pop_back();
-  return chunk;
-}
-
-Status UpdatePipeline::next_chunk() {
-  taking_ = take_chunk();
-  taking_->job = on_disk_.front();
-  const std::uint64_t index = start_index(on_disk_);
-  taking_->work.begin(taking_->job->spec, taking_->job->layout, index);
-  return taking_->work.plan(*store_);
-}
-
-void UpdatePipeline::start_reads(Lock& lock) {
-  if (taking_ == nullptr) {
-    const Status planned = next_chunk();
-    if (!planned.is_ok()) {
-      auto failed = std::move(taking_);
-      lock.unlock();
-      end_chunk(std::move(failed), planned);
-      lock.lock();
-      return;
-    }
-  }
-  Chunk* const chunk = taking_.get();
-  const std::span<const SwapStore::Range> reads = chunk->work.take(staging_);
-  if (!reads.empty()) ++chunk->reads_open;
-  if (!chunk->work.wants_blocks()) {
-    if (chunk->reads_open == 0) {
-      ready_.push_back(std::move(taking_));
-      changed_.notify_one();
-    } else {
-      static_cast<void>(taking_.release());  // the last of its reads has it
-    }
-  }
-  if (reads.empty()) return;
-  lock.unlock();
-  const Status started =
-      store_->read(reads, IoPriority::kBackground,
-                   [this, chunk](const Status& status) { read_done(chunk, status); });
-  if (!started.is_ok()) read_done(chunk, started);
-  lock.lock();
-}
-
-void UpdatePipeline::read_done(Chunk* chunk, const Status& status) {
-  Lock lock(mutex_);
-  if (chunk->read.is_ok()) chunk->read = status;
-  if (--chunk->reads_open > 0) return;
-  const bool has_all = taking_.get() != chunk;
-  const bool goes_on = chunk->read.is_ok() && error_.is_ok();
-  if (!has_all && goes_on) return;  // until there are blocks
-  std::unique_ptr<Chunk> owned = has_all ? std::unique_ptr<Chunk>(chunk) : std::move(taking_);
-  if (owned->read.is_ok() && has_all) {
-    ready_.push_back(std::move(owned));
-    changed_.notify_one();
-    return;
-  }
-  const Status why = owned->read.is_ok() ? error_ : owned->read;
-  lock.unlock();
-  end_chunk(std::move(owned), why);
-}
-
-void UpdatePipeline::start_what_can(Lock& lock) {
-  while (can_start()) start_reads(lock);
-}
-
-void UpdatePipeline::update(std::unique_ptr<Chunk> chunk) {
-  const std::uint64_t spent = run(chunk->work);
-  {
-    const Lock lock(mutex_);
-    count(spent);
-    chunk->work.give_back(kGrad, staging_);
-  }
-  if (chunk->work.writes().empty()) {
-    end_chunk(std::move(chunk), Status::ok());
-    return;
-  }
-  Chunk* raw = chunk.release();  // handed to the completion
-  raw->pipeline = this;
-  const auto block_done = [](void* context, std::byte* block) {
-    auto* owner = static_cast<Chunk*>(context);
-    owner->pipeline->block_written(*owner, block);
-  };
-  const Status started = store_->write(
-      raw->work.writes(), IoPriority::kBackground,
-      [this, raw](const Status& status) { written(std::unique_ptr<Chunk>(raw), status); }, nullptr,
-      {block_done, raw});
-  if (!started.is_ok()) end_chunk(std::unique_ptr<Chunk>(raw), started);
-}
-
-void UpdatePipeline::block_written(Chunk& chunk, std::byte* block) {
-  Lock lock(mutex_);
-  chunk.work.give_back(block, staging_);
-  // Here and now: a thread of ours may be busy for as long as the disk takes for all it has.
-  start_what_can(lock);
-}
-
-void UpdatePipeline::written(std::unique_ptr<Chunk> chunk, const Status& status) {
-  if (!status.is_ok() || !chunk->work.must_publish()) {
-    end_chunk(std::move(chunk), status);
-    return;
-  }
-  const Lock lock(mutex_);
-  written_.push_back(std::move(chunk));
-  changed_.notify_one();
 }
 
 // --- ends ----------------------------------------------------------------------------------------
@@ -382,11 +261,15 @@ UpdatePipeline::Stats UpdatePipeline::stats() const {
 
 Status UpdatePipeline::close() {
   if (!owner_.is_current()) return forked_error("close");
+  Jobs waiting;
   {
     const Lock lock(mutex_);
     closing_ = true;
+    waiting = waiting_;
     changed_.notify_all();
   }
+  for (const std::shared_ptr<Job>& job : waiting) job->transfer->await_prerequisites();
+  waiting.clear();
   std::call_once(joined_, [this] {
     for (EngineThread& thread : threads_) thread.join();
   });

@@ -16,6 +16,10 @@
 // failed job, and every later one that had chunks left to start, end with that error, and what they
 // did not reach is unchanged.
 //
+// A job may follow transfers, those that bring its gradients above all (submit): it starts, in a
+// thread of ours, when all have ended. When one of them failed the job ends with that error and has
+// changed nothing; jobs beside it go on.
+//
 // Order: reads start as soon as there are blocks for them, in the order of submission, from a
 // thread of ours or from the completion that freed the blocks. Of what can be computed, the older
 // job is first; so jobs in memory fill the time in which others wait for the disk.
@@ -34,6 +38,7 @@
 #include "base/status.h"
 #include "mem/host_memory.h"
 #include "store/swap_store.h"
+#include "stream/prerequisite.h"
 #include "stream/staging_pool.h"
 #include "stream/transfer.h"
 #include "stream/update_job.h"
@@ -67,13 +72,15 @@ class UpdatePipeline {
   UpdatePipeline(const UpdatePipeline&) = delete;
   UpdatePipeline& operator=(const UpdatePipeline&) = delete;
 
-  // Returns at once. kInvalid when the job makes no sense or needs more staging than there is; the
-  // sticky error after a failure.
-  Result<std::shared_ptr<Transfer>> submit(UpdateJob job);
+  // Returns at once; the job starts when all of `after` have ended. Whoever waits for it waits for
+  // them, as a caller. kInvalid when the job makes no sense or needs more staging than there is;
+  // the sticky error after a failure.
+  Result<std::shared_ptr<Transfer>> submit(UpdateJob job, Prerequisites after = {});
 
   Stats stats() const;
 
-  // Finishes what was submitted, then stops the threads. Idempotent; the sticky error, if any.
+  // Finishes what was submitted, waiting for what that follows, then stops the threads. Idempotent;
+  // the sticky error, if any.
   Status close();
 
  private:
@@ -102,6 +109,7 @@ class UpdatePipeline {
   void retire(std::unique_ptr<Chunk> chunk, const Status& status,
               std::vector<std::shared_ptr<Job>>& ended);
   // These without.
+  void start(const std::shared_ptr<Job>& job, const Status& status);
   void read_done(Chunk* chunk, const Status& status);
   void update(std::unique_ptr<Chunk> chunk);
   void block_written(Chunk& chunk, std::byte* block);
@@ -121,6 +129,7 @@ class UpdatePipeline {
   StagingPool staging_;
   bool closing_ = false;
   Status error_;                                // sticky
+  Jobs waiting_;                                // for what they follow
   Jobs on_disk_;                                // with chunks not started yet
   Jobs in_memory_;                              // likewise, wholly in memory
   std::unique_ptr<Chunk> taking_;               // has some of its blocks, or none yet

@@ -29,7 +29,7 @@ from offload.errors import OffloadError
 from offload.tiers.compute_device import ComputeDevice
 from offload.tiers.device_tier import COPY
 from offload.tiers.mover import Mover
-from offload.tiers.slab import Residency, Slab
+from offload.tiers.slab import Arrival, Residency, Slab
 
 
 @dataclass
@@ -211,6 +211,10 @@ class ActivationCarrier:
         self._reading.pop(slab, None)
         if device is not None and slab.lease is not None:
             device.native.use_host(slab.lease, "write", slab.name)
+
+    def in_flight(self, slab: Slab) -> Sequence[Arrival]:
+        """Return the copy from `slab` in flight."""
+        return [self._reading[slab][1]] if self.is_reading(slab) else []
 
     def is_reading(self, slab: Slab) -> bool:
         """Whether a copy from `slab` is in flight."""

@@ -36,6 +36,10 @@ class Checksums:
         else:
             self._expected[slab] = checksum
 
+    def expects(self, slab: Slab) -> bool:
+        """Whether what is on its way to the memory of `slab` is to be compared when it arrives."""
+        return slab in self._expected
+
     def note_arrival(self, slab: Slab) -> None:
         """What was on its way to the memory of `slab` is there.
 

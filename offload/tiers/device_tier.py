@@ -34,7 +34,7 @@ from offload.tiers.device_copy import DeviceCopy
 from offload.tiers.device_places import DevicePlaces
 from offload.tiers.eviction import NEVER, no_room_there
 from offload.tiers.mover import Mover
-from offload.tiers.slab import Residency, Slab
+from offload.tiers.slab import Arrival, Residency, Slab
 
 COPY = "copy to the device"
 """Under which waiting for one from host memory is counted."""
@@ -310,6 +310,10 @@ class DeviceTier:
             del self._reading[slab]
         if slab.lease is not None:
             self.device.use_host(slab.lease, "write", slab.name)
+
+    def in_flight(self, slab: Slab) -> Sequence[Arrival]:
+        """Return the copy from the memory of `slab` in flight, for a native job to follow."""
+        return [self._reading[slab]] if self.is_reading(slab) else []
 
     def is_reading(self, slab: Slab) -> bool:
         """Whether a copy from the memory of `slab` is in flight."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 from offload import _native
 from offload.errors import BudgetError
-from offload.tiers.slab import Slab
+from offload.tiers.slab import Arrival, Slab
 
 NEVER = 1 << 60
 
@@ -17,6 +17,9 @@ class Readers(Protocol):
 
     def settle(self, slab: Slab) -> None:
         """Wait until none from `slab` is in flight: its bytes may be changed."""
+
+    def in_flight(self, slab: Slab) -> Sequence[Arrival]:
+        """Return those from `slab`, for a native job that is to change its bytes to follow."""
 
     def is_reading(self, slab: Slab) -> bool:
         """Whether one from `slab` is in flight."""

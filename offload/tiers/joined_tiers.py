@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from offload.tiers.device_tier import DeviceTier
 from offload.tiers.eviction import Readers
-from offload.tiers.slab import Slab
+from offload.tiers.slab import Arrival, Slab
 
 
 class JoinedTiers:
@@ -28,6 +28,10 @@ class JoinedTiers:
         """Wait until no copy from `slab` is in flight: its bytes may be changed."""
         for tier in self._tiers:
             tier.settle(slab)
+
+    def in_flight(self, slab: Slab) -> list[Arrival]:
+        """Return the copies from `slab` in flight, for a native job to follow."""
+        return [copy for tier in self._tiers for copy in tier.in_flight(slab)]
 
     def is_reading(self, slab: Slab) -> bool:
         """Whether a copy from `slab` is in flight."""

@@ -235,6 +235,18 @@ class Mover:
         if self.readers is not None:
             self.readers.settle(slab)
 
+    def in_flight(self, slab: Slab) -> list[Arrival]:
+        """Return what has to end before a native job may use and change `slab`.
+
+        Nobody waits but for bytes on their way from disk, and for those that are to be compared
+        with a checksum before anybody uses them. settle() after the job takes note of the others.
+        """
+        self._flights.note()
+        if slab.residency is not Residency.HOST or self._checksums.expects(slab):
+            self._finish(slab)
+        first = [] if slab.pending is None else [slab.pending]
+        return first if self.readers is None else [*first, *self.readers.in_flight(slab)]
+
     def mark_dirty(self, slab: Slab) -> None:
         """The bytes in memory were changed; a copy on disk, or on its way there, is not current.
 

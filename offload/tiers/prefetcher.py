@@ -104,9 +104,10 @@ class Prefetcher:
         # What is read ahead beyond what fits would be given up again before its use.
         room = self._room
         for unit, slab, phase in wanted:
-            room -= 0 if slab.pinned else slab.nbytes
-            if room < 0:
-                break
+            if not slab.pinned:
+                room -= slab.nbytes
+                if room < 0:
+                    break
             if not self._bring(unit, slab, next_use[slab], phase):
                 break
 

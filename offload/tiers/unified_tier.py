@@ -21,7 +21,7 @@ from offload.tiers.compute_device import ComputeDevice
 from offload.tiers.device_copy import DeviceCopy
 from offload.tiers.device_tier import DeviceTier
 from offload.tiers.mover import Mover
-from offload.tiers.slab import Slab
+from offload.tiers.slab import Arrival, Slab
 
 
 class UnifiedTier(DeviceTier):
@@ -89,6 +89,11 @@ class UnifiedTier(DeviceTier):
             copy.lease.wait_for_uses()
         if slab.lease is not None:
             self.device.use_host(slab.lease, "write", slab.name)
+
+    def in_flight(self, slab: Slab) -> Sequence[Arrival]:
+        """Return nothing: what has to end is work of the compute's, and is waited for here."""
+        self.settle(slab)
+        return ()
 
     def is_reading(self, slab: Slab) -> bool:
         """Whether the compute uses the memory of `slab`, or has made more of it than was sent."""

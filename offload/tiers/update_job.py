@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
 from offload import _native
-from offload.tiers.slab import Slab
+from offload.tiers.slab import Arrival, Slab
 from offload.tiers.state_layout import StateLayout
 from offload.tiers.state_slabs import operand
 from offload.tiers.unit import Unit
@@ -62,11 +63,14 @@ class UpdateJob:
         return [self.unit.param_slab, *self.state]
 
     def prepare(
-        self, pipeline: _native.UpdatePipeline, params: _native.UpdateOperand
+        self,
+        pipeline: _native.UpdatePipeline,
+        params: _native.UpdateOperand,
+        after: Sequence[Arrival],
     ) -> partial[_native.Transfer]:
         """Return what hands it to `pipeline`: a C function with its arguments, see Updates._submit.
 
-        The other operands are where their slabs are now.
+        The other operands are where their slabs are now, once `after` have ended.
         """
         return partial(
             pipeline.submit,
@@ -79,4 +83,5 @@ class UpdateJob:
             [operand(slab) for slab in self.states],
             [operand(slab) for slab in self.scales],
             self.segments,
+            after,
         )

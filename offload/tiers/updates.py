@@ -3,12 +3,15 @@
 Protocol of the lazy step:
  1. put_off: gradients, factors and hyperparameters are final, the unit's parameters are detached.
     Nothing runs yet; gradients that only the update still needs count as wanted.
- 2. start: a native job owns the slabs. Parameters that are in memory are updated there. Spilled
-    ones are read by the job into memory that was taken for them, and stay there, so that the
-    forward reads nothing again; the new version is on disk as well, and the memory may be given up
-    at any time. Units are started in the order of their next use, as far ahead as the ring has room
-    (Prefetcher), and at the latest when they are needed.
- 3. finish: wait for the job; the slabs are ordinary again.
+ 2. start: a native job owns the slabs. It follows what is in flight, such as the gradients' copy
+    from the device, without Python: nobody waits here. Parameters that are in memory are updated
+    there. Spilled ones are read by the job into memory that was taken for them, and stay there, so
+    that the forward reads nothing again; the new version is on disk as well, and the memory may be
+    given up at any time. Units are started in the order of their next use, as far ahead as the ring
+    has room (Prefetcher), and at the latest when they are needed.
+ 3. finish: wait for the job, and so for what it followed, of which note is taken now unless that
+    was done before; the slabs are ordinary again. Where a copy failed the job did nothing and has
+    failed with that error, which every later use of the unit raises.
 A job that is to run on the device does so when it is started, and nothing waits for it
 (device_updates.py); what it uses is copied there ahead. Where there is no room it is native's.
 Whoever needs a unit's parameters, gradients or states calls finish() first, so nobody can tell when
@@ -24,7 +27,7 @@ from offload.errors import OffloadError
 from offload.tiers.device_updates import DeviceUpdates
 from offload.tiers.eviction import NEVER
 from offload.tiers.mover import Mover
-from offload.tiers.slab import Residency, Slab
+from offload.tiers.slab import Arrival, Residency, Slab
 from offload.tiers.state_slabs import operand
 from offload.tiers.unit import Unit
 from offload.tiers.update_job import UpdateJob
@@ -101,6 +104,8 @@ class Updates:
         if unit.update is None:
             return
         self._mover.wait(unit.update, "update")  # Ctrl-C here leaves it pending
+        for slab in unit.update_slabs:
+            self._mover.settle(slab)  # what the job followed has ended
         unit.update = None
         self.running.pop(unit, None)
         params, *others = unit.update_slabs
@@ -165,9 +170,11 @@ class Updates:
             unit.tier.send(self._waiting[unit].grads, to_disk=False)
             for slab in (self._waiting[unit].grads, *self._waiting[unit].state):
                 unit.tier.drop(slab)
+        after: list[Arrival] = []
         for slab in unit.update_slabs:
-            self._mover.settle(slab)
-        job = self._waiting[unit].prepare(self._pipeline, self._params(unit.param_slab))
+            after += self._mover.in_flight(slab)
+        params = self._params(unit.param_slab)
+        job = self._waiting[unit].prepare(self._pipeline, params, after)
         submitted = self._submitted.setdefault(unit, [])
         before = [slab.locks for slab in unit.update_slabs]
         try:
