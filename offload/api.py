@@ -157,4 +157,5 @@ def report(model: nn.Module) -> Report:
         uses=None if uses is None else tuple((u.unit, u.phase is Phase.BACKWARD) for u in uses),
         lazy=context.policy.lazy_step,
         state_on_disk=context.state_on_disk(),
+        device_units=runtime.updated_on_device(),
     )

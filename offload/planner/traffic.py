@@ -8,8 +8,7 @@ computer", 1966). Dirty slabs are written when their use ends, so giving one up 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
-from enum import Enum
+from collections.abc import Collection, Iterable, Sequence
 
 from offload.planner.spec import Plan, Traffic
 
@@ -21,12 +20,12 @@ _STEPS = 3
 """Steps that are gone through; the last one is counted: what the ring holds is periodic by then."""
 
 
-class _Kind(Enum):
-    PARAMS = "parameters"
-    GRADS = "gradients"
+_PARAMS, _GRADS, _STATES = 0, 1, 2
+_Slab = tuple[int, int]
+"""A unit's index, and which of its slabs; from _STATES on, those of its optimizer state."""
 
-
-_Slab = tuple[int, _Kind]
+_NEVER = 1 << 60
+"""The next use of a state, of which the runtime records none."""
 
 
 def step_traffic(
@@ -35,6 +34,7 @@ def step_traffic(
     uses: Sequence[UnitUse] | None = None,
     lazy: bool = True,
     state: Sequence[int] | None = None,
+    on_device: Collection[int] = (),
 ) -> Traffic:
     """Return the bytes that one optimizer step moves between host and disk in the steady state.
 
@@ -46,13 +46,15 @@ def step_traffic(
         lazy: the update of a unit runs before its first use in the next step, which needs no read
             of its own then. False: all run at the end of the step.
         state: bytes of optimizer state on disk, by unit. None: what the plan assumes.
+        on_device: units whose updates run on a device, with the least memory there: all that they
+            use comes through the ring.
     """
     if uses is None:
         order = range(len(plan.placements))
         uses = [(i, FORWARD) for i in order] + [(i, BACKWARD) for i in reversed(order)]
     if state is None:
         state = [0 if p.pin_state else p.unit.state_bytes for p in plan.placements]
-    walk = _Walk(plan, list(uses) * micro_batches, lazy, state)
+    walk = _Walk(plan, list(uses) * micro_batches, lazy, state, on_device)
     for _ in range(_STEPS):
         walk.step()
     return Traffic(walk.read, walk.written)
@@ -61,8 +63,17 @@ def step_traffic(
 class _Walk:
     """The ring's content while steps are gone through; `read` and `written` are the last step's."""
 
-    def __init__(self, plan: Plan, uses: list[UnitUse], lazy: bool, state: Sequence[int]) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        uses: list[UnitUse],
+        lazy: bool,
+        state: Sequence[int],
+        on_device: Collection[int],
+    ) -> None:
         self._plan = plan
+        self._on_device = frozenset(on_device)
+        self._going: list[_Slab] = []  # results of the last update on a device
         self._state = state
         self._uses = uses
         self._lazy = lazy
@@ -75,11 +86,12 @@ class _Walk:
         first_of: dict[int, int] = {}
         for position, (unit, backward) in enumerate(uses):
             first_of.setdefault(unit, position)
-            self._positions.setdefault((unit, _Kind.PARAMS), []).append(position)
+            self._positions.setdefault((unit, _PARAMS), []).append(position)
             if backward:
-                self._positions.setdefault((unit, _Kind.GRADS), []).append(position)
+                self._positions.setdefault((unit, _GRADS), []).append(position)
+        self._order = list(first_of) if lazy else sorted(first_of)
         for unit, position in first_of.items():
-            grads = self._positions.get((unit, _Kind.GRADS))
+            grads = self._positions.get((unit, _GRADS))
             if lazy and grads is not None:  # the update reads them
                 grads.insert(0, position)
 
@@ -97,7 +109,7 @@ class _Walk:
 
     def _use(self, unit: int, backward: bool, now: int) -> None:
         placement = self._plan.placements[unit]
-        params, grads = (unit, _Kind.PARAMS), (unit, _Kind.GRADS)
+        params, grads = (unit, _PARAMS), (unit, _GRADS)
         if not placement.pin_params:
             self._bring(params, placement.unit.param_bytes, now, [params])
         if not backward or placement.unit.grad_bytes == 0:
@@ -110,8 +122,56 @@ class _Walk:
         self._has_grads.add(unit)
 
     def _update(self, unit: int, now: int) -> None:
+        if unit in self._on_device:
+            self._update_on_device(unit, now)
+        else:
+            self._update_in_place(unit, now)
+        self._to_update.discard(unit)
+        self._has_grads.discard(unit)
+
+    def _update_on_device(self, unit: int, now: int) -> None:
+        """All that it uses comes through the ring; what it changes goes home that way.
+
+        Meanwhile the results of the update before it still go, and the next one's slabs come.
+        """
+        slabs = self._spilled(unit)
+        changed = [slab for slab in slabs if slab != (unit, _GRADS)]
+        held = {*slabs, *self._going}
+        for slab, nbytes in slabs.items():
+            self._bring(slab, nbytes, now, held)
+        for slab, nbytes in self._spilled(self._next_update(unit)).items():
+            held.add(slab)
+            if sum(self._ring.get(s, 0) for s in held) + nbytes > self._plan.ring_bytes:
+                break
+            self._bring(slab, nbytes, now, held)
+        self.written += sum(slabs[slab] for slab in changed)
+        self._going = changed
+        self._ring.pop((unit, _GRADS), None)
+
+    def _next_update(self, unit: int) -> int | None:
+        """The one after `unit` whose update is to run on a device."""
+        waiting = (u for u in self._order if u in self._to_update and u != unit)
+        return next((u for u in waiting if u in self._on_device), None)
+
+    def _spilled(self, unit: int | None) -> dict[_Slab, int]:
+        """The slabs that the update of `unit` uses and that are not pinned, and their bytes."""
+        if unit is None:
+            return {}
         placement = self._plan.placements[unit]
-        params, grads = (unit, _Kind.PARAMS), (unit, _Kind.GRADS)
+        slabs = {}
+        if not placement.pin_params:
+            slabs[unit, _PARAMS] = placement.unit.param_bytes
+        if not placement.pin_grads:
+            slabs[unit, _GRADS] = placement.unit.grad_bytes
+        left = self._state[unit]
+        for number in range(placement.unit.state_slabs if left else 0):
+            slabs[unit, _STATES + number] = left // (placement.unit.state_slabs - number)
+            left -= slabs[unit, _STATES + number]
+        return slabs
+
+    def _update_in_place(self, unit: int, now: int) -> None:
+        placement = self._plan.placements[unit]
+        params, grads = (unit, _PARAMS), (unit, _GRADS)
         nbytes = placement.unit.grad_bytes
         if not placement.pin_params:
             in_memory = params in self._ring
@@ -125,8 +185,6 @@ class _Walk:
             self.read += nbytes
         self.read += self._state[unit]
         self.written += self._state[unit]
-        self._to_update.discard(unit)
-        self._has_grads.discard(unit)
 
     def _bring(
         self, slab: _Slab, nbytes: int, now: int, held: Iterable[_Slab], reads: bool = True
@@ -145,7 +203,9 @@ class _Walk:
 
     def _next_use(self, slab: _Slab, now: int) -> int:
         """How many uses from now `slab` is needed next."""
-        positions = self._positions[slab]
+        positions = self._positions.get(slab)
+        if positions is None:
+            return _NEVER
         following = bisect_right(positions, now)
         if following < len(positions):
             return positions[following] - now

@@ -21,6 +21,8 @@ class Report:
         uses: of the last forward and backward: (a unit's index, whether in the backward).
         lazy: updates run when their unit is next used.
         state_on_disk: bytes of optimizer state that live on disk, by unit; None: none was made.
+        device_units: indices of the units whose updates run on their device; before there was an
+            update, of those that may.
     """
 
     plan: Plan
@@ -31,6 +33,7 @@ class Report:
     uses: tuple[tuple[int, bool], ...] | None = None
     lazy: bool = True
     state_on_disk: tuple[int, ...] | None = None
+    device_units: frozenset[int] = frozenset()
 
     def plan_table(self) -> list[dict[str, Any]]:
         """Return one row per kind: {"what", "host_bytes", "disk_bytes"}."""
@@ -45,12 +48,15 @@ class Report:
 
         Those of activations are not in it: the counters have them.
         Counted along the uses of the last forward and backward; before there was one, as if every
-        unit were used once in each.
+        unit were used once in each. What stays on a device with more than the least memory for it
+        need not come again, and is counted as if it did.
 
         Args:
             micro_batches: how many are accumulated in a step.
         """
-        return step_traffic(self.plan, micro_batches, self.uses, self.lazy, self.state_on_disk)
+        return step_traffic(
+            self.plan, micro_batches, self.uses, self.lazy, self.state_on_disk, self.device_units
+        )
 
     def expected_step_seconds(self, compute_seconds: float, micro_batches: int = 1) -> float:
         """Return how long a step will take if the disk keeps the rate measured by wrap().

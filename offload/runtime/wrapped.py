@@ -247,6 +247,12 @@ class WrappedModel:
                 stalls["room for activations" if why == "room" else why] = seconds
         return stalls
 
+    def updated_on_device(self) -> frozenset[int]:
+        """Return the indices of the units whose updates run on the device, as far as any ran."""
+        on_device, jobs = self.context.updates.on_device, self.context.pipeline.stats()["jobs"]
+        without_kernels = jobs and (on_device is None or not on_device.done)
+        return frozenset() if without_kernels else self.context.device_units
+
     def _where_updates_ran(self) -> str:
         on_device, jobs = self.context.updates.on_device, self.context.pipeline.stats()["jobs"]
         there, without_room = 0, 0

@@ -75,6 +75,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     device = config.getoption("--device")
     if device != "cpu":
         reasons["own_device"] = "says itself where models compute: give no --device"
+    if config.getoption("--update") != "cpu":
+        reasons["cpu_updates"] = "says what updates on the CPU need: give no --update"
     if is_cuda(device) and not has_cuda():
         for item in items:
             item.add_marker(pytest.mark.skip(reason=f"--device {device}: no CUDA device"))

@@ -45,13 +45,22 @@ def test_what_fits_is_never_written(tmp_path: Path) -> None:
 
 
 def test_what_does_not_fit_passes_through(tmp_path: Path) -> None:
-    """Of 16 slabs 5 stay in memory, with room for 8 that pass."""
-    optimizer, params = make(tmp_path, 16, 13 * SLAB)
+    """Of 16 slabs 5 stay in memory, with room for 8 that pass, on a disk that is fast enough."""
+
+    class Patient(torch.optim.SGD):
+        def step(self, closure: Any = None) -> None:
+            for param in params:  # what is still being written would have to stay, and save a read
+                if (slab := optimizer._spill.states.slab(param)) is not None:
+                    optimizer._spill._home.mover.settle(slab)
+            super().step(closure)
+
+    params: list[Any] = []
+    optimizer, params = make(tmp_path, 16, 13 * SLAB, Patient)
     steps(optimizer, params, 2)
     found = steps(optimizer, params, 4)
     assert [written for written, _ in found] == 4 * [11 * SLAB]
     reads = sum(read for _, read in found)
-    assert abs(reads - 4 * 11 * SLAB) <= 13 * SLAB  # what the ring held before and after
+    assert abs(reads - 4 * 11 * SLAB) <= 4 * SLAB  # what came ahead of the first step, or the next
     usage = optimizer._spill._home.mover.ring.usage()
     assert usage["peak"] <= 13 * SLAB
 

@@ -36,10 +36,9 @@ def step_interrupted(optimizer: Any, context: RuntimeContext, line: int) -> bool
     return interrupter.left < 0
 
 
+@pytest.mark.cpu_updates  # test_device_updates.py follows the others
 @pytest.mark.parametrize("name", ["AdamW", "SGD"])
-def test_an_update_is_done_once(name: str, tmp_path: Path, pytestconfig: pytest.Config) -> None:
-    if pytestconfig.getoption("--update") != "cpu":
-        pytest.skip("it follows updates on the CPU; test_device_updates.py does the others")
+def test_an_update_is_done_once(name: str, tmp_path: Path) -> None:
     ours, theirs = f.Model(), f.Model()
     context = f.wrapped(ours, tmp_path)._offload_wrapped.context  # type: ignore[union-attr]
     optimizer = getattr(optim, name)(ours.parameters(), lr=0.1)

@@ -45,6 +45,7 @@ def adapted(case: Case, base: nn.Module | None = None, **options: bool) -> nn.Mo
     return peft.get_peft_model(model, config).train()
 
 
+@pytest.mark.cpu_updates  # with others the least budget holds all of the model
 @pytest.mark.parametrize(
     "reentrant", [None, True, False], ids=["plain", "reentrant", "non-reentrant"]
 )
@@ -82,6 +83,7 @@ def test_adapters_train_exactly_and_the_base_is_not_written(
     assert_spilled(model)
 
 
+@pytest.mark.cpu_updates
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_a_base_that_stays_in_its_checkpoint(name: str, tmp_path: Path) -> None:
     """save_pretrained, then what a user with less memory does: nothing frozen is written."""

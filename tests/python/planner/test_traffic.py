@@ -70,20 +70,56 @@ def test_recorded_uses_replace_the_assumed_ones() -> None:
     assert again.written == once.written
 
 
+@pytest.mark.parametrize("lazy", [True, False])
+def test_states_of_updates_on_a_device_stay_in_a_ring_that_holds_all(lazy: bool) -> None:
+    plan = plan_of([SPILLED] * 5, 20 * UNIT)
+    traffic = step_traffic(plan, lazy=lazy, on_device=range(5))
+    assert traffic.read == 0
+    assert traffic.written == (1 + 1 + 2) * UNIT * 5
+
+
+def test_updates_on_a_device_leave_less_of_the_ring_to_parameters() -> None:
+    """What passes during one: three results of the one before, four slabs, and the next one's."""
+    count = 12
+    plan = plan_of([SPILLED] * count, 10 * UNIT)
+    there = step_traffic(plan, on_device=range(count))
+    here = step_traffic(plan)
+    assert there.written == here.written
+    for_the_forward = 6 * UNIT  # both slabs of the first three units, of the five that stayed
+    for_the_backward = 3 * UNIT  # the last three units' parameters, and their states for nothing
+    assert there.read == 5 * UNIT * count - for_the_forward - for_the_backward
+    assert here.read < there.read
+
+
+def test_units_are_updated_where_they_are() -> None:
+    plan = plan_of([SPILLED] * 6, 8 * UNIT)
+    reads = [step_traffic(plan, on_device=range(count)).read for count in range(7)]
+    assert reads[0] < reads[6]
+    state = [2 * UNIT if i != 3 else 1001 for i in range(6)]  # an odd number of bytes
+    traffic = step_traffic(plan, on_device=[3], state=state)
+    assert traffic.written == 2 * UNIT * 6 + sum(state)
+
+
 @given(
     st.lists(st.tuples(st.booleans(), st.booleans(), st.booleans()), max_size=8),
     st.integers(0, 20 * UNIT),
     st.integers(1, 3),
     st.booleans(),
+    st.sets(st.integers(0, 7)),
 )
 def test_bounds(
-    pins: list[tuple[bool, bool, bool]], ring: int, micro_batches: int, lazy: bool
+    pins: list[tuple[bool, bool, bool]],
+    ring: int,
+    micro_batches: int,
+    lazy: bool,
+    on_device: set[int],
 ) -> None:
     plan = plan_of(pins, ring)
     params = UNIT * sum(not p for p, _, _ in pins)
     grads = UNIT * sum(not g for _, g, _ in pins)
     state = 2 * UNIT * sum(not s for _, _, s in pins)
-    found = step_traffic(plan, micro_batches, lazy=lazy)
+    found = step_traffic(plan, micro_batches, lazy=lazy, on_device=on_device)
     assert found.written == micro_batches * grads + params + state
     extra = 0 if lazy else params
-    assert state <= found.read <= micro_batches * (2 * params + grads) + extra + state
+    unmoved = 2 * UNIT * sum(not s for i, (_, _, s) in enumerate(pins) if i not in on_device)
+    assert unmoved <= found.read <= micro_batches * (2 * params + grads) + extra + state

@@ -46,6 +46,7 @@ def test_the_plan_counts_16_bits_and_masters(tmp_path: Path) -> None:
     assert all(not p.pin_state for p in plan.placements)
 
 
+@pytest.mark.cpu_updates
 def test_the_smallest_budget_is_that_of_half_the_bytes() -> None:
     least = {
         (dtype, frozen): t.least_budget(

@@ -83,6 +83,7 @@ def test_training_is_exact_at_every_budget(budget: int, tmp_path: Path) -> None:
     t.assert_same(t.plain(t.Stack, loop), t.offloaded(t.Stack, loop, tmp_path, budget))
 
 
+@pytest.mark.cpu_updates
 def test_a_model_of_24_blocks_trains_within_three_of_them(tmp_path: Path) -> None:
     """Parameters and gradients of three blocks, in which staging and everything else must fit."""
 

@@ -58,10 +58,8 @@ def bytes_of_steps(
 @pytest.mark.parametrize("micro_batches", [1, 3])
 @pytest.mark.parametrize("make", [t.Stack, Halves], ids=["stack", "half-frozen"])
 def test_the_report_knows_the_bytes_of_a_step(
-    make: t.Model, micro_batches: int, tmp_path: Path, pytestconfig: pytest.Config
+    make: t.Model, micro_batches: int, tmp_path: Path
 ) -> None:
-    if pytestconfig.getoption("--update") != "cpu":
-        pytest.skip("it foresees updates on the CPU")
     moved, report = bytes_of_steps(make, tmp_path, micro_batches, lazy=True, steps=6)
     expected = report.step_traffic(micro_batches)
     # A ring of four slabs: what happens to be there at a turn is a fifth of the bytes. Frozen parts

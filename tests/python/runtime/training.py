@@ -244,13 +244,17 @@ def wrapped(make: Model, swap_dir: Path, budget: int, **policy: Any) -> nn.Modul
 
 
 def offloaded(make: Model, loop: Loop, swap_dir: Path, budget: int, **policy: Any) -> Outcome:
-    """Train with offload within `budget` bytes, which must spill, and must hold."""
+    """Train with offload within `budget` bytes, which must spill, and must hold.
+
+    Where updates run on a device, the least budget may hold all of a small model.
+    """
     model = wrapped(make, swap_dir, budget, **policy)
     optimizer = offload.AdamW(groups(model), lr=1e-2, weight_decay=0.1)
     outcome = train(model, optimizer, loop)
-    report = offload.report(model).as_dict()
-    assert report["arena_peak_bytes"] <= budget
-    assert report["disk_write_bytes"] > 0
+    report = offload.report(model)
+    assert report.plan.spills or report.device_units
+    assert report.counters["arena_peak_bytes"] <= budget
+    assert report.counters["disk_write_bytes"] > 0 or not report.plan.spills
     return outcome
 
 
