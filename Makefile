@@ -1,6 +1,6 @@
 # Each target does all the set-up it needs, on a fresh clone too; a second run does only what changed.
 #   make demo ARGS="…"    train a GPT larger than memory; ARGS go to examples/train_gpt.py
-#   make test             everything CI checks; PYTEST_ARGS="-n 2": Python tests in two processes
+#   make test             everything CI checks
 #   make device-test      models and optimizers once more, on the simulated device
 #   make gpu-test OUT=…   on a machine with a GPU: tests, sanitizers and benchmarks, logs in OUT
 #   make bench ARGS="…"   every benchmark; ARGS="--quick" for a short look
@@ -10,7 +10,6 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
-PYTEST_ARGS ?=
 
 CPP_FILES = $(shell find csrc tests/cpp tests/fuzz benchmarks -name '*.cc' -o -name '*.h' -o -name '*.cu')
 PY_DIRS = $(wildcard setup.py offload tests examples benchmarks)
@@ -75,7 +74,7 @@ cpp-test: $(VENV)/.stamp-run
 comma := ,
 
 py-test: build $(VENV)/.stamp-dev
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest
 
 device-test: build $(VENV)/.stamp-dev
 	$(BIN)/python -m pytest --device simulated:latest \
