@@ -178,7 +178,7 @@ class Resources:
         units = [placement.unit for placement in self.plan.placements]
         if self.policy.update == "device":
             return frozenset(range(len(units)))
-        all_rates = [measure_update_rates(tier.device, tier.ring, host) for tier in tiers]
+        all_rates = [measure_update_rates(tier.device, tier.room.ring, host) for tier in tiers]
         split, rates = split_updates(units, all_rates), all_rates[0]
         trained = sum(unit.grad_bytes > 0 for unit in units)
         self.update_note = (
@@ -199,7 +199,7 @@ class Resources:
         arena = _native.HostArena(self.plan.activation_bytes, self.policy.debug, pin=pin)
         if context.tiers and self.policy.activations == "auto":
             tier = context.tiers[0]
-            self.link_rates = measure_link(tier.device, tier.ring, arena)
+            self.link_rates = measure_link(tier.device, tier.room.ring, arena)
         if space is not None:
             space.store.add_memory(arena)
         return ActivationHome(

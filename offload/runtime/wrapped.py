@@ -282,7 +282,7 @@ class WrappedModel:
             if tier.shares_memory:
                 notes = (*notes, f"{tier.name} has the host's memory: nothing is copied to it")
                 continue
-            places = tier.places
+            places = tier.room.places
             found = (
                 f"{places.planned} copies to planned places, {places.searched} to where was room"
             )

@@ -83,7 +83,7 @@ class RuntimeContext:
         self.mover.relieve = self._relieve
         self.mover.readers = join_tiers(self.tiers)
         for tier in self.tiers:
-            tier.relieve = self._relieve
+            tier.room.relieve = self._relieve
         self.mover.find_place = self._place_for
         self.weight_files: WeightFiles | None = None
         self.updates = Updates(mover, pipeline, bool(tiers))

@@ -11,28 +11,21 @@ Protocol of a copy:
     anybody else looks (pull).
  3. before host bytes are changed, a copy of them that is still on its way is waited for (settle),
     and the copy, which is not current any more, is dropped.
- 4. a copy that nobody holds, by a lock on its slab, is dropped when its place is needed, the one
-    needed farthest in the future first. Tensors on it keep its memory for as long as they live.
-Slabs of units that are in use while others come and go have a place of their own (home). Once a
-step has been recorded, the others have places in the ring, planned so that little has to be copied
-again (device_places.py): who is there when a copy comes is dropped. A copy whose place is in use,
-or that has none, goes to where there is room, after 4.
+ 4. where a copy goes, and which is given up for it: device_room.py.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 from offload import _native
-from offload.errors import BudgetError, OffloadError
-from offload.planner.device_offsets import rounded
+from offload.errors import OffloadError
 from offload.tiers.compute_device import ComputeDevice
 from offload.tiers.device_checksums import DeviceChecksums
 from offload.tiers.device_copy import DeviceCopy
-from offload.tiers.device_places import DevicePlaces
-from offload.tiers.eviction import NEVER, no_room_there
+from offload.tiers.device_room import DeviceRoom
 from offload.tiers.mover import Mover
 from offload.tiers.slab import Arrival, Residency, Slab
 
@@ -47,10 +40,7 @@ class DeviceTier:
         compute: the device.
         device: the core's.
         shares_memory: with the host.
-        places: where in the ring the copies go.
-        next_use: position of each slab's next use among the predicted uses.
-        held: slabs whose copies an update is about to use.
-        relieve: makes a user of memory let go; False when there is none.
+        room: its memory, and the copies in it.
         others: devices that copy from and to the same host memory.
         name: of the device, for people.
     """
@@ -68,45 +58,31 @@ class DeviceTier:
         """Copy slabs of `mover`, whose arenas are pinned for the device."""
         self.compute = compute
         self.device = compute.native
-        self.home = home
-        self.ring = ring
-        self.places = DevicePlaces(ring.usage()["budget"])
-        self.next_use: dict[Slab, int] = {}
-        self.held: set[Slab] = set()
-        self.relieve: Callable[[], bool] = lambda: False
         self.others: tuple[_native.Device, ...] = ()
         self.name = compute.name
         self._mover = mover
         self._checksums = DeviceChecksums(debug, compute)
         self._transfers = _native.DeviceTransfers(self.device)
-        self._copies: dict[Slab, DeviceCopy] = {}
+        self.room = DeviceRoom(
+            home,
+            ring,
+            compute.name,
+            partial(self._wait_stream, stream="h2d"),
+            self._checksums.verify,
+        )
         self._reading: dict[Slab, _native.DeviceTransfer] = {}
         """Copies to the device that may still read host memory, oldest first."""
-        self._leaving: list[tuple[Slab, _native.DeviceTransfer]] = []
-        """Copies given up while they were read from disk: they keep the memory until then."""
-        self._at_home: dict[Slab, int] = {}
-        """Where in the home they are."""
-        self._home_bytes = 0
 
     def keep_at_home(self, slab: Slab) -> None:
         """Give `slab` its place in the home whenever it is copied."""
-        self._at_home[slab] = self._home_bytes
-        self._home_bytes += rounded(slab.nbytes)
-
-    def begin_pass(self) -> None:
-        """An outermost forward begins: what is in another place than planned is given up."""
-        self.places.begin_pass()
-        for slab, copy in list(self._copies.items()):
-            place = self.places.place_of(slab)
-            if place is not None and place != copy.lease.offset and self._may_go(slab, copy):
-                self._give_up(slab)
+        self.room.keep_at_home(slab)
 
     # -- to the device ----------------------------------------------------------------------------
 
     def fetch(self, slab: Slab) -> DeviceCopy:
         """Return the current bytes of `slab`, which is locked, ready to be used and changed."""
-        if slab not in self._copies:
-            lease = self._take(slab)
+        if slab not in self.room.copies:
+            lease = self.room.take(slab)
             self._mover.fetch(slab)
             self._start(slab, lease)
         return self.ready(slab)
@@ -116,16 +92,16 @@ class DeviceTier:
 
         Nobody is made to let go.
         """
-        if slab in self._copies:
+        if slab in self.room.copies:
             return True
-        lease = self._try_take(slab, farther_than=None)
+        lease = self.room.try_take(slab, farther_than=None)
         if lease is None:
             return False
         if slab.residency is Residency.ABSENT:
             self.compute.follow()
             lease.acquire("compute")
-            self._copies[slab] = DeviceCopy(self.compute, lease)
-            self._note_use(slab, made=True)
+            self.room.copies[slab] = DeviceCopy(self.compute, lease)
+            self.room.note_use(slab, made=True)
         else:
             self._mover.fetch(slab)
             self._start(slab, lease)
@@ -138,14 +114,14 @@ class DeviceTier:
             slab: has a copy.
             change: the stream may change it.
         """
-        copy = self._copies[slab]
-        self._note_use(slab)
+        copy = self.room.copies[slab]
+        self.room.note_use(slab)
         self.compute.follow()
         if copy.arrival is not None:
             try:
                 self._wait_stream(slab, copy.arrival, "compute")
             except OffloadError:
-                del self._copies[slab]
+                del self.room.copies[slab]
                 self._mover.settle(slab)  # it takes note of the failure, and raises it
                 raise
             copy.arrival = None
@@ -172,13 +148,13 @@ class DeviceTier:
 
         Returns False when there is no room that may be taken.
         """
-        if slab in self._copies or slab.residency is Residency.ABSENT:
+        if slab in self.room.copies or slab.residency is Residency.ABSENT:
             return True
         if slab.pending is not None and not slab.pending_write:
             return True  # on its way to host memory
         if slab.residency is Residency.DISK and slab.source is not None:
             return self._mover.prefetch(slab, use)
-        lease = self._try_take(slab, farther_than=use)
+        lease = self.room.try_take(slab, farther_than=use)
         if lease is None:
             return False
         if slab.residency is Residency.HOST:
@@ -188,21 +164,16 @@ class DeviceTier:
 
     def hold_new(self, slab: Slab) -> DeviceCopy:
         """Return memory for `slab`, which is locked, to be filled by the compute stream."""
-        if slab not in self._copies:
-            self._copies[slab] = DeviceCopy(self.compute, self._take(slab))
+        if slab not in self.room.copies:
+            self.room.copies[slab] = DeviceCopy(self.compute, self.room.take(slab))
             self.compute.follow()
-            self._copies[slab].lease.acquire("compute")
-        self._note_use(slab, made=True)
+            self.room.copies[slab].lease.acquire("compute")
+        self.room.note_use(slab, made=True)
         return self.ready(slab)
-
-    def _note_use(self, slab: Slab, made: bool = False) -> None:
-        if slab not in self._at_home:
-            in_use = (s for s, c in self._copies.items() if not self._may_go(s, c))
-            self.places.note_use(slab, (s for s in in_use if s not in self._at_home), made)
 
     def copy_of(self, slab: Slab) -> DeviceCopy | None:
         """Return the copy of `slab`, if there is one."""
-        return self._copies.get(slab)
+        return self.room.copies.get(slab)
 
     def _start(self, slab: Slab, lease: _native.DeviceLease) -> None:
         if slab.lease is None:
@@ -239,14 +210,14 @@ class DeviceTier:
     def _note(
         self, slab: Slab, lease: _native.DeviceLease, arrival: _native.DeviceTransfer
     ) -> None:
-        copy = self._copies[slab] = DeviceCopy(self.compute, lease)
+        copy = self.room.copies[slab] = DeviceCopy(self.compute, lease)
         copy.arrival = arrival
         self._reading.pop(slab, None)
         self._reading[slab] = arrival
 
     def note_renewed(self, slab: Slab) -> None:
         """The compute stream has given the copy what `slab` holds."""
-        self._checksums.note_arrival(slab, self._copies[slab])
+        self._checksums.note_arrival(slab, self.room.copies[slab])
 
     # -- to the host ------------------------------------------------------------------------------
 
@@ -255,7 +226,7 @@ class DeviceTier:
 
         Waits for it: tensors on the copy are in use, and may be changed again.
         """
-        copy = self._copies.get(slab)
+        copy = self.room.copies.get(slab)
         if copy is None:
             raise OffloadError(f"{slab.name} is not on the device (internal error)")
         copy.ahead = True
@@ -267,7 +238,7 @@ class DeviceTier:
 
         Nothing waits for it here.
         """
-        copy = self._copies.get(slab)
+        copy = self.room.copies.get(slab)
         if copy is None or not copy.ahead:
             return
         self.compute.follow()
@@ -296,8 +267,8 @@ class DeviceTier:
 
     def drop(self, slab: Slab) -> None:
         """Give up the copy of `slab`, if any: it is not current any more, or not needed."""
-        copy = self._copies.pop(slab, None)
-        self.places.note_change(slab)
+        copy = self.room.copies.pop(slab, None)
+        self.room.places.note_change(slab)
         if copy is not None:
             self._checksums.verify(slab, copy)
 
@@ -337,109 +308,15 @@ class DeviceTier:
             self.settle(slab)
         return True
 
-    # -- memory -----------------------------------------------------------------------------------
-
-    def _take(self, slab: Slab) -> _native.DeviceLease:
-        while True:
-            lease = self._try_take(slab, farther_than=None)
-            if lease is not None:
-                return lease
-            if not self.relieve():
-                raise no_room_there(slab, self._copies, self.ring, self.name)
-
-    def _try_take(self, slab: Slab, farther_than: int | None) -> _native.DeviceLease | None:
-        arena, place = self.ring, self.places.place_of(slab)
-        if slab in self._at_home and self.home is not None:
-            arena, place = self.home, self._at_home[slab]
-        if place is not None:
-            lease = self._take_place(slab, arena, place, farther_than)
-            if lease is not None or farther_than is not None:
-                return lease
-        while True:
-            lease = arena.try_allocate(slab.nbytes, slab.name)
-            if lease is not None:
-                self.places.searched += 1
-                return lease
-            victim = self._victim(farther_than)
-            if victim is not None:
-                self._give_up(victim)
-            elif farther_than is None and self._leaving:
-                self._wait_stream(*self._leaving.pop(0), "h2d")
-            else:
-                return None
-
-    def _take_place(
-        self, slab: Slab, arena: _native.DeviceArena, place: int, farther_than: int | None
-    ) -> _native.DeviceLease | None:
-        """Return its place in `arena`, dropping what is there; None: that is in use, or needed."""
-        if farther_than is not None and not self.places.is_free_until(slab, farther_than):
-            return None
-        lease = arena.try_allocate_at(place, slab.nbytes, slab.name)
-        if lease is None and arena is self.ring and self._clear_place(slab, place, farther_than):
-            lease = arena.try_allocate_at(place, slab.nbytes, slab.name)
-        if lease is not None:
-            self.places.planned += 1
-        return lease
-
-    def _clear_place(self, slab: Slab, place: int, farther_than: int | None) -> bool:
-        """Give up the copies that are in the place of `slab`, if all of them may go."""
-        end = place + rounded(slab.nbytes)
-        there = []
-        for other, copy in self._copies.items():
-            lease = copy.lease
-            if lease.offset >= end or lease.offset + lease.nbytes <= place:
-                continue
-            if other in self._at_home:
-                continue
-            if not self._may_go(other, copy, farther_than):
-                return False
-            there.append(other)
-        for other in there:
-            self._give_up(other)
-        return True
-
-    def _give_up(self, slab: Slab) -> None:
-        self._leaving = [left for left in self._leaving if not left[1].issued()]
-        copy = self._copies.pop(slab)
-        if copy.arrival is not None and not copy.arrival.issued():
-            self._leaving.append((slab, copy.arrival))
-        self._checksums.verify(slab, copy)
-
-    def clear(self) -> None:
-        """Give up all copies that nobody holds by a lock and that are not ahead."""
-        for slab, copy in list(self._copies.items()):
-            if not (slab.locks or copy.ahead or slab in self._at_home):
-                self._give_up(slab)
-
-    def _may_go(self, slab: Slab, copy: DeviceCopy, farther_than: int | None = None) -> bool:
-        """Whether nobody holds the copy, and it is needed after use number `farther_than`."""
-        if slab.locks or copy.ahead or slab in self._at_home or slab in self.held:
-            return False
-        if farther_than is None:
-            return True
-        if copy.arrival is not None and not copy.arrival.issued():
-            return False  # it keeps the memory until it has been read
-        return self.next_use.get(slab, NEVER) > farther_than
-
-    def _victim(self, farther_than: int | None) -> Slab | None:
-        """The slab whose copy to give up: held by nobody, not ahead, needed last."""
-        may_go = [s for s, copy in self._copies.items() if self._may_go(s, copy, farther_than)]
-        return max(may_go, key=lambda slab: self.next_use.get(slab, NEVER), default=None)
+    # -- the whole ---------------------------------------------------------------------------------
 
     def check_room(self, slabs: Sequence[Slab], what: str) -> None:
         """Raise BudgetError when `slabs`, all used here, can never be on the device together."""
-        needed = sum(slab.nbytes for slab in slabs if slab not in self._at_home)
-        room = self.ring.usage()["budget"]
-        if needed > room:
-            raise BudgetError(
-                f"{what} cannot be on {self.name} as a whole: its parameters need {needed} bytes, "
-                f"and {room} of the device budget are for what comes and goes; materialize() one "
-                "of its modules at a time, or raise Budget(device=...)"
-            )
+        self.room.check_room(slabs, what)
 
     def counters(self) -> dict[str, int]:
         """Return what the device's arenas hold at the moment, in bytes, and what was copied."""
-        usages = [arena.usage() for arena in (self.home, self.ring) if arena is not None]
+        usages = [arena.usage() for arena in (self.room.home, self.room.ring) if arena is not None]
         stats = self.device.stats()
         return {
             "device_budget_bytes": sum(usage["budget"] for usage in usages),
@@ -448,11 +325,11 @@ class DeviceTier:
             "to_device_bytes": stats["h2d_bytes"],
             "to_host_bytes": stats["d2h_bytes"],
             "device_host_waits": stats["host_waits"],
-            "device_planned": self.places.planned,
-            "device_searched": self.places.searched,
+            "device_planned": self.room.places.planned,
+            "device_searched": self.room.places.searched,
         }
 
     def close(self) -> None:
         """Wait for what is in flight and give up all copies."""
-        self._copies.clear()
+        self.room.copies.clear()
         self.device.drain()

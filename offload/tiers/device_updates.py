@@ -65,7 +65,7 @@ class DeviceUpdates:
 
     def _compute(self, job: UpdateJob, tier: DeviceTier) -> bool:
         """Do steps 1 and 2; False when there is no room."""
-        tier.held.update(job.slabs)
+        tier.room.held.update(job.slabs)
         try:
             copies = self._bring(job, tier)
             if copies is None:
@@ -75,14 +75,14 @@ class DeviceUpdates:
             self._launch(job, tier, copies)
             return True
         finally:
-            tier.held.difference_update(job.slabs)
+            tier.room.held.difference_update(job.slabs)
 
     def _bring(self, job: UpdateJob, tier: DeviceTier) -> dict[Slab, DeviceCopy] | None:
         """Return the copies of the job's slabs, ready for the compute stream, if there is room."""
         largest_first = sorted(job.slabs, key=lambda slab: -slab.nbytes)
         try:
             if not all(tier.bring(slab) for slab in largest_first):
-                tier.clear()  # there is room, but in pieces
+                tier.room.clear()  # there is room, but in pieces
                 if not all(tier.bring(slab) for slab in largest_first):
                     return None
         except BudgetError:  # of host memory, through which they come

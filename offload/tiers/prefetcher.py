@@ -50,19 +50,19 @@ class Prefetcher:
         """The next use is the first of a pass: an outermost forward, and its backward if any."""
         self.trace.begin_pass()
         for tier in self._tiers:
-            tier.begin_pass()
+            tier.room.begin_pass()
 
     def end_step(self) -> None:
         """An optimizer has begun an update: the next pass is of another step."""
         self.trace.end_step()
         for tier in self._tiers:
-            tier.places.end_step()
+            tier.room.places.end_step()
 
     def advance(self, use: Use) -> None:
         """Record a use, and start reading what the next ones need."""
         self.trace.record(use)
         for tier in self._tiers:
-            tier.places.begin_use(use.phase is Phase.BACKWARD)
+            tier.room.places.begin_use(use.phase is Phase.BACKWARD)
         if self._streams or self._updates.waiting:
             self._look_ahead()
 
@@ -122,8 +122,8 @@ class Prefetcher:
         wanted: list[tuple[Unit, DeviceTier, Slab, bool]] = []
         room = {}
         for tier in self._tiers:
-            tier.next_use, tier.places.needs = {}, self._in_use(tier)
-            room[tier] = tier.ring.usage()["budget"] - 2 * self._largest
+            tier.room.next_use, tier.room.places.needs = {}, self._in_use(tier)
+            room[tier] = tier.room.ring.usage()["budget"] - 2 * self._largest
         in_step = self.trace.in_step(LOOKAHEAD)
         for position, use in enumerate(self.trace.future(LOOKAHEAD)):
             unit = self._units[use.unit]
@@ -131,22 +131,22 @@ class Prefetcher:
             if there not in room:
                 continue
             for slab in update or [unit.param_slab]:
-                if not there.places.is_used(slab, use.phase is Phase.BACKWARD):
+                if not there.room.places.is_used(slab, use.phase is Phase.BACKWARD):
                     continue
-                there.places.needs.setdefault(slab, position)
-                if position >= in_step and there.places.is_replaced(slab):
+                there.room.places.needs.setdefault(slab, position)
+                if position >= in_step and there.room.places.is_replaced(slab):
                     continue  # what is copied now would be worth nothing then
-                if slab not in there.next_use:
-                    there.next_use[slab] = position
+                if slab not in there.room.next_use:
+                    there.room.next_use[slab] = position
                     wanted.append((unit, there, slab, bool(update)))
             if use.phase is Phase.BACKWARD and unit.grad_slab is not None:
-                there.places.needs.setdefault(unit.grad_slab, position)  # made there
+                there.room.places.needs.setdefault(unit.grad_slab, position)  # made there
         for unit, tier, slab, is_update in wanted:
             if tier not in room:
                 continue
             room[tier] -= slab.nbytes
             full = room[tier] < 0 or (unit.updating and not is_update)
-            if full or not tier.prefetch(slab, tier.next_use[slab]):
+            if full or not tier.prefetch(slab, tier.room.next_use[slab]):
                 del room[tier]
 
     def _in_use(self, tier: DeviceTier) -> dict[Slab, int]:

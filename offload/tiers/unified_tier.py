@@ -55,9 +55,9 @@ class UnifiedTier(DeviceTier):
 
     def ready(self, slab: Slab, change: bool = True) -> DeviceCopy:
         """Return the copy of `slab`, whose bytes are in memory."""
-        copy = self._copies.get(slab)
+        copy = self.room.copies.get(slab)
         if copy is None:
-            copy = self._copies[slab] = DeviceCopy(self.compute, self._lease_of(slab))
+            copy = self.room.copies[slab] = DeviceCopy(self.compute, self._lease_of(slab))
         self.compute.follow()
         return copy
 
@@ -76,7 +76,7 @@ class UnifiedTier(DeviceTier):
 
     def drop(self, slab: Slab) -> None:
         """What the compute has made of `slab` is not needed; its memory stays."""
-        copy = self._copies.get(slab)
+        copy = self.room.copies.get(slab)
         if copy is not None:
             copy.ahead = False
 
@@ -84,7 +84,7 @@ class UnifiedTier(DeviceTier):
 
     def settle(self, slab: Slab) -> None:
         """The bytes of `slab` are about to be changed by the host: let the compute's uses end."""
-        copy = self._copies.get(slab)
+        copy = self.room.copies.get(slab)
         if copy is not None:
             copy.lease.wait_for_uses()
         if slab.lease is not None:
@@ -97,7 +97,7 @@ class UnifiedTier(DeviceTier):
 
     def is_reading(self, slab: Slab) -> bool:
         """Whether the compute uses the memory of `slab`, or has made more of it than was sent."""
-        copy = self._copies.get(slab)
+        copy = self.room.copies.get(slab)
         return copy is not None and (copy.ahead or not copy.lease.is_idle())
 
     def end_one(self) -> bool:
@@ -107,7 +107,7 @@ class UnifiedTier(DeviceTier):
                 lease.wait_for_uses()
                 self._parting.remove((lease, host))
                 return True
-        for slab, copy in self._copies.items():
+        for slab, copy in self.room.copies.items():
             idle = slab.locks or slab.pinned or copy.ahead or copy.lease.is_open
             if not idle and not copy.lease.is_idle():
                 copy.lease.wait_for_uses()
@@ -116,7 +116,7 @@ class UnifiedTier(DeviceTier):
 
     def leave(self, slab: Slab) -> None:
         """The slab is about to give up its memory, which is kept for as long as it is in use."""
-        copy = self._copies.pop(slab, None)
+        copy = self.room.copies.pop(slab, None)
         self._parting = [pair for pair in self._parting if not pair[0].is_idle()]
         if copy is None or slab.lease is None:
             return

@@ -42,7 +42,7 @@ class Locations(TorchDispatchMode):
         self._known: dict[int, tuple[StorageWeakRef, Location]] = {}
         self._ranges = []
         for number, tier in enumerate(wrapped(model).context.tiers):
-            for arena in (tier.home, tier.ring):
+            for arena in (tier.room.home, tier.room.ring):
                 if arena is not None:
                     lease = arena.allocate(512)  # anywhere: all of it is one allocation
                     begin = lease.address - lease.offset

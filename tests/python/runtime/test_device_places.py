@@ -193,16 +193,16 @@ def planned(tmp_path: Path) -> Mixed:
     for unit in context.units:
         context.mover.settle(unit.param_slab)
         context.mover.fetch(unit.param_slab)
-    tier.clear()
-    tier.places.needs = {}
-    tier.next_use = {}
+    tier.room.clear()
+    tier.room.places.needs = {}
+    tier.room.next_use = {}
     return model
 
 
 def sharing(tier: DeviceTier, model: nn.Module) -> tuple[Slab, Slab]:
     """Two slabs with the same place."""
     slabs = [unit.param_slab for unit in wrapped(model).context.units]
-    places = [tier.places.place_of(slab) for slab in slabs]
+    places = [tier.room.places.place_of(slab) for slab in slabs]
     first = next(i for i, place in enumerate(places) if place is not None and place in places[:i])
     return slabs[first], slabs[places.index(places[first])]
 
@@ -218,7 +218,7 @@ def test_a_copy_goes_to_its_place_and_what_was_there_is_dropped(planned: Mixed) 
     first, second = sharing(tier, planned)
     for slab in (first, second):
         assert tier.prefetch(slab, 0)
-        assert place(tier, slab) == tier.places.place_of(slab)
+        assert place(tier, slab) == tier.room.places.place_of(slab)
     assert tier.copy_of(first) is None
 
 
@@ -231,19 +231,19 @@ def test_a_copy_whose_place_is_in_use_goes_elsewhere(planned: Mixed, how: str) -
     first.locks -= how != "lock"
     copy.ahead = how == "ahead"
     if how == "held":
-        tier.held.add(first)
+        tier.room.held.add(first)
     kept = copy.view(0, (1,), (1,), torch.uint8) if how == "tensor" else None
     del copy
-    searched = tier.places.searched
+    searched = tier.room.places.searched
     assert not tier.prefetch(second, 0)
     assert tier.copy_of(second) is None
     second.locks += 1
     tier.fetch(second)
-    assert place(tier, second) != tier.places.place_of(second)
-    assert tier.places.searched == searched + 1
+    assert place(tier, second) != tier.room.places.place_of(second)
+    assert tier.room.places.searched == searched + 1
     second.locks -= 1
     del kept
-    tier.begin_pass()  # what is elsewhere is given up, so that it comes back to its place
+    tier.room.begin_pass()  # what is elsewhere is given up, so that it comes back to its place
     assert tier.copy_of(second) is None
 
 
@@ -251,12 +251,12 @@ def test_a_place_that_is_needed_sooner_is_left_alone(planned: Mixed) -> None:
     """By a copy that is there, or by one that is not there yet."""
     tier = tier_of(planned)
     first, second = sharing(tier, planned)
-    tier.places.needs = {first: 3}
+    tier.room.places.needs = {first: 3}
     assert not tier.prefetch(second, 4)
     assert tier.copy_of(second) is None
     assert tier.prefetch(second, 2)
     tier.drop(second)
-    tier.places.needs, tier.next_use = {}, {first: 3}
+    tier.room.places.needs, tier.room.next_use = {}, {first: 3}
     assert tier.prefetch(first, 3)
     assert not tier.prefetch(second, 4)
     assert tier.copy_of(first) is not None
@@ -271,16 +271,16 @@ def test_modules_around_others_have_their_places_from_the_start(tmp_path: Path) 
     model = offload.wrap(t.Stack(layers=2), policy)
     tier, nested = tier_of(model), wrapped(model).context.units[-1]
     slabs = [u.param_slab for u in wrapped(model).context.units if "scale" in u.params[0].name]
-    assert tier.home is not None, nested.name
+    assert tier.room.home is not None, nested.name
     for slab in slabs:
         slab.locks += 1
-        searched = tier.places.searched
+        searched = tier.room.places.searched
         tier.fetch(slab)
-        assert tier.places.searched == searched
+        assert tier.room.places.searched == searched
         slab.locks -= 1
 
 
 def test_the_report_tells_how_many_were_planned(planned: Mixed) -> None:
     report = offload.report(planned)
-    assert report.counters["device_planned"] == tier_of(planned).places.planned > 0
+    assert report.counters["device_planned"] == tier_of(planned).room.places.planned > 0
     assert any("copies to planned places" in note for note in report.notes)

@@ -69,8 +69,8 @@ def test_training_in_three_units_is_exact(device: str, lazy: bool, tmp_path: Pat
     for (name, a), b in zip(plain.state_dict().items(), model.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
     tier = device_of(model)
-    stats, usage = tier.device.stats(), tier.ring.usage()
-    home = tier.home.usage()["budget"] if tier.home is not None else 0
+    stats, usage = tier.device.stats(), tier.room.ring.usage()
+    home = tier.room.home.usage()["budget"] if tier.room.home is not None else 0
     assert stats["conflicts"] == 0
     assert usage["peak"] <= usage["budget"] <= 3 * UNIT - home
     assert stats["h2d_bytes"] > 0
@@ -184,7 +184,7 @@ def test_a_copy_that_is_given_up_while_it_is_read_keeps_its_memory(tmp_path: Pat
             if slab.residency is Residency.HOST and not slab.locks:
                 mover.evict(slab)
             tier.drop(slab)
-        tier.next_use = {}
+        tier.room.next_use = {}
         for use, slab in enumerate(largest):
             tier.prefetch(slab, use)
         first = largest[-1]

@@ -154,7 +154,7 @@ def test_training_is_exact(device: str, lazy: bool, room: int, tmp_path: Path) -
     model = offloaded(tmp_path, device, room, lazy_step=lazy)
     assert same(train(model), train(make()))
     check_all_ran_there(model)
-    usage = tier_of(model).ring.usage()
+    usage = tier_of(model).room.ring.usage()
     assert usage["peak"] <= usage["budget"]
 
 

@@ -439,7 +439,7 @@ def two_slabs(model: nn.Module) -> list[Any]:
     units = [u for u in context.units if not u.param_slab.pinned]
     slabs = [next(u.param_slab for u in units if u.tier is tier) for tier in context.tiers]
     for slab, tier in zip(slabs, context.tiers, strict=True):
-        tier.clear()
+        tier.room.clear()
         context.mover.settle(slab)
         context.mover.fetch(slab)
     context.tiers[1].drop(slabs[1])

@@ -123,13 +123,13 @@ def test_memory_is_not_given_up_while_the_compute_uses_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def leave(self: UnifiedTier, slab: Slab) -> None:
-        copy = self._copies.pop(slab, None)
+        copy = self.room.copies.pop(slab, None)
         if copy is not None and slab.lease is not None:
             self.device.use_host(slab.lease, "write", slab.name)
 
     model = offloaded(tmp_path)
     monkeypatch.setattr(UnifiedTier, "leave", leave)
-    monkeypatch.setattr(UnifiedTier, "is_reading", lambda self, slab: self._copies[slab].ahead)
+    monkeypatch.setattr(UnifiedTier, "is_reading", lambda self, slab: self.room.copies[slab].ahead)
     with pytest.raises(offload.UnorderedAccessError, match="on the host"):
         list(steps(model))
 
@@ -159,7 +159,7 @@ def test_the_host_waits_for_the_compute_before_it_changes_bytes(
     copy.view(0, (8,), (1,), torch.uint8)
     slab.locks -= 1
     if careless:
-        tier._copies.clear()  # it does not know of the use
+        tier.room.copies.clear()  # it does not know of the use
         with pytest.raises(offload.UnorderedAccessError, match="on the host"):
             context.mover.settle(slab)
     else:
