@@ -197,8 +197,8 @@ class Resources:
         devices = [tier.compute for tier in context.tiers]
         pin = [device.native for device in devices] or None
         arena = _native.HostArena(self.plan.activation_bytes, self.policy.debug, pin=pin)
-        if context.tiers and self.policy.activations == "auto":
-            tier = context.tiers[0]
+        tier = context.tiers[0] if context.tiers else None
+        if tier is not None and not tier.shares_memory and self.policy.activations == "auto":
             self.link_rates = measure_link(tier.device, tier.room.ring, arena)
         if space is not None:
             space.store.add_memory(arena)

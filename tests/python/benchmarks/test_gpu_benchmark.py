@@ -14,7 +14,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[3]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-from gpu import limit_rows, training_bars  # noqa: E402
+from gpu import limit_rows, stall_rows, training_bars  # noqa: E402
 from gpu_peers.llama import Llama, LlamaConfig  # noqa: E402
 
 Quick = Callable[..., dict[str, Any]]
@@ -38,8 +38,15 @@ def test_quick_run_on_the_simulated_device(quick: Quick, tmp_path: Path) -> None
     limit = next(row for row in rows if "limit_s" in row)
     assert limit["limit_s"] == max(limit["compute_s"], limit["h2d_s"], limit["d2h_s"])
     assert limit["fraction"] == pytest.approx(limit["limit_s"] / trained["offload"]["step_s"])
-    assert any("waited_for" in row for row in rows)
     assert list(folder.iterdir()) == []
+
+
+def test_stalls_are_means_over_the_steps() -> None:
+    rows = stall_rows(
+        {"steps": [{"stalls": {"params": 0.5, "room": 0.1}}, {"stalls": {"room": 0.3}}]}
+    )
+    found = {row["waited_for"]: row["s_per_step"] for row in rows}
+    assert found == {"params": pytest.approx(0.25), "room": pytest.approx(0.2)}
 
 
 def test_peers_that_need_cuda_say_so() -> None:
