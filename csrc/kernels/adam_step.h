@@ -53,17 +53,6 @@ OFFLOAD_HD inline float fma_as_aten(const AdamScalars& s, float a, float b, floa
   return product + c;
 }
 
-// optim/rule_scalars.h says how good it is.
-OFFLOAD_HD inline float reciprocal(float d) {
-  float y =
-      std::bit_cast<float>(update_internal::kReciprocalBits - std::bit_cast<std::uint32_t>(d));
-  for (int k = 0; k < 2; ++k) {
-    const float e = fmaf(-d, y, 1.0f);
-    y = fmaf(fmaf(e, e, e), y, y);
-  }
-  return y;
-}
-
 OFFLOAD_HD inline float square_root(const AdamScalars& s, float x) {
 #ifdef __CUDA_ARCH__
   return sqrtf(x);
@@ -96,7 +85,7 @@ OFFLOAD_HD inline void adam_step(const AdamScalars& s, float g, AdamElement& e) 
   const float denominator = (s.fused ? root : root / s.bias_correction2_sqrt) + s.eps;
   const float numerator = s.neg_step_size * e.exp_avg;
   if (s.fused) {
-    e.param = fmaf(numerator, reciprocal(denominator), e.param);
+    e.param = fmaf(numerator, 1.0f / denominator, e.param);
   } else {
     const float quotient = numerator / denominator;
     e.param = e.param + quotient;

@@ -1,5 +1,5 @@
 // One rule over an fp32 parameter with narrower states: decoded, updated and encoded in registers
-// (bfloat16), or with the new values of two blocks in the first cache (8 bits, whose scale is known
+// (bfloat16), or with the new values of a block in the first cache (8 bits, whose scale is known
 // only at the end of a block).
 //
 // Beside what rules_simd.h asks of `V`, for arrays of any alignment:
@@ -159,26 +159,14 @@ struct NarrowLoop {
     });
   }
 
-  [[gnu::always_inline]] static void encode_group(const NarrowArrays& a, std::size_t block,
-                                                  std::size_t i, const Fresh& fresh) {
-    for_each_state<kStates>([&](auto k) {
-      V::template quantize<!Rule::is_unsigned(k)>(
-          fresh.state[k] + i, fresh.inverse[k],
-          static_cast<std::uint8_t*>(a.state_out[k]) + block + i);
-    });
-  }
-
-  // One block is updated while the one before it is encoded: what either waits for, the other fills
-  // in, and memory is asked for at an even pace.
+  // A block is updated and then encoded, each in a loop of its own: short chains of what waits for
+  // one another, of which many fit into the window in which a core reorders.
   template <bool kPlain>
   void run_int8(const NarrowArrays& arrays) const {
     const NarrowArrays a = arrays;
     const RuleLoop<V, Rule> update = loop;
-    Fresh fresh[2];
+    Fresh fresh;
     for (std::size_t block = 0; block < a.n; block += kQuantBlock) {
-      const std::size_t parity = block / kQuantBlock % 2;
-      Fresh& now = fresh[parity];
-      const Fresh& before = fresh[1 - parity];
       typename V::Decoder decoder[kStates + 1];
       Int largest[kStates + 1];
       for_each_state<kStates>([&](auto k) {
@@ -202,17 +190,19 @@ struct NarrowLoop {
           update.template step<kPlain>(p, V::load(a.grad + at), state);
           V::store(a.param_out + at, p);
           for_each_state<kStates>([&](auto k) {
-            V::store(now.state[k] + i + j * V::kLanes, state[k]);
+            V::store(fresh.state[k] + i + j * V::kLanes, state[k]);
             largest[k] = V::template larger_magnitude<!Rule::is_unsigned(k)>(largest[k], state[k]);
           });
         }
-        if (block > 0) encode_group(a, block - kQuantBlock, i, before);
       }
-      set_scales(a, block, largest, now);
-    }
-    const std::size_t last = (a.n - 1) / kQuantBlock * kQuantBlock;
-    for (std::size_t i = 0; i < kQuantBlock; i += kGroup) {
-      encode_group(a, last, i, fresh[last / kQuantBlock % 2]);
+      set_scales(a, block, largest, fresh);
+      for_each_state<kStates>([&](auto k) {
+        auto* codes = static_cast<std::uint8_t*>(a.state_out[k]) + block;
+        for (std::size_t i = 0; i < kQuantBlock; i += kGroup) {
+          V::template quantize<!Rule::is_unsigned(k)>(fresh.state[k] + i, fresh.inverse[k],
+                                                      codes + i);
+        }
+      });
     }
   }
 

@@ -41,8 +41,10 @@ struct LikeAten {
     return a * b + c;
   }
   static V sqrt(V x) { return aten_rounding_internal::sqrt_by<V, kSqrt>(x); }
-  // c + a / b.
-  static V add_quotient(V c, V a, V b) { return c + a / b; }
+  struct Quotient {
+    explicit Quotient(const RuleScalars&) {}
+    V add_to(V c, V a, V b) const { return c + a / b; }
+  };
 
   struct SquareAverage {
     explicit SquareAverage(const RuleScalars& s)
@@ -67,16 +69,18 @@ template <typename V>
 struct Fused {
   static V multiply_add(V a, V b, V c) { return V::fma(a, b, c); }
   static V sqrt(V x) { return V::sqrt(x); }
-  static V reciprocal(V d) {
-    const V one = V::broadcast(1.0f);
-    V y = V::subtracted_from_bits(kReciprocalBits, d);
-    for (int k = 0; k < 2; ++k) {
-      const V e = V::fnma(d, y, one);
-      y = V::fma(V::fma(e, e, e), y, y);
+
+  // Two ways to one result. The estimate REQUIRES b in [2^-60, 2^65], infinite or NaN.
+  struct Quotient {
+    explicit Quotient(const RuleScalars& s) : by_divider(s.by_divider) {}
+    V add_to(V c, V a, V b) const {
+      if constexpr (requires { V::reciprocal_by_estimate(b); }) {
+        if (!by_divider) return V::fma(a, V::reciprocal_by_estimate(b), c);
+      }
+      return V::fma(a, V::broadcast(1.0f) / b, c);
     }
-    return y;
-  }
-  static V add_quotient(V c, V a, V b) { return V::fma(a, reciprocal(b), c); }
+    bool by_divider;
+  };
 
   struct SquareAverage {
     explicit SquareAverage(const RuleScalars& s) : weight(V::broadcast(s.one_minus_beta2)) {}

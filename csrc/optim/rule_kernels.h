@@ -17,6 +17,10 @@ struct UpdateCall {
   UpdateArrays arrays;
 };
 
+[[nodiscard]] UpdateCall make_call(const RuleHyper& hyper, const UpdateFormat& format,
+                                   GradFactors factors, const RoundingSeed& seed,
+                                   const UpdateArrays& arrays);
+
 // Each is defined where its architecture is, and called only where its Isa is available.
 void update_scalar(const UpdateCall& call);
 void update_avx2(const UpdateCall& call);

@@ -45,8 +45,10 @@ struct RuleLoop {
         maximize(s.maximize),
         decays_grad(s.decays_grad) {}
 
-  // Whether the gradient is what the rule is given.
-  [[nodiscard]] bool is_plain() const { return factor_count == 0 && !maximize && !decays_grad; }
+  // Whether the gradient is what the rule is given, and the rule is plain.
+  [[nodiscard]] bool is_plain() const {
+    return factor_count == 0 && !maximize && !decays_grad && rule.is_plain();
+  }
 
   // kPlain REQUIRES is_plain().
   template <bool kPlain = false>
@@ -56,7 +58,7 @@ struct RuleLoop {
       if (maximize) g = V::negate(g);
       if (decays_grad) g = Rule::R::multiply_add(weight_decay, p, g);
     }
-    rule.step(p, g, state);
+    rule.template step<kPlain>(p, g, state);
   }
 
   void run(const FloatArrays& a) const {

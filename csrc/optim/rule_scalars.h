@@ -9,11 +9,8 @@
 //     It is never negative. (An infinity in v makes it NaN.)
 //   - Adam's bias correction of v is part of the constants: with c = sqrt(1 - beta2^step),
 //     lr * m / (sqrt(v) / c + eps) = (lr * c) * m / (sqrt(v) + eps * c);
-//   - a division is by a reciprocal without a divider: y = kReciprocalBits less the bits of d,
-//     within 5.1% of 1 / d, then twice e = 1 - d * y, y = y + y * (e + e * e). For 2^-126 <= d <=
-//     2^125 it is within 0.51 units in the last place of 1 / d. Zero and NaN give NaN: a quotient
-//     that torch makes an infinity is NaN. An infinite d gives an infinity, so what torch makes a
-//     zero is not a sound number either. Between these and the range above the error grows.
+//   - a quotient that is added to something is one by a reciprocal: c + a * (1 / b), the
+//     reciprocal correctly rounded, then a fused multiply-add.
 #pragma once
 
 #include <cstddef>
@@ -23,8 +20,6 @@
 #include "optim/update_rule.h"
 
 namespace offload::update_internal {
-
-inline constexpr std::uint32_t kReciprocalBits = 0x7ef311c7;
 
 // A field is set where the rule uses it (see rule_scalars.cc for how).
 struct RuleScalars {
@@ -58,6 +53,7 @@ struct RuleScalars {
   const float* factors;
   std::size_t factor_count;
   float unscale;
+  bool by_divider;  // where fused: reciprocals, rather than by an estimate; the bits are the same
   std::size_t prefetch_bytes;  // see prefetch() in rule_loop_simd.h
 };
 

@@ -34,10 +34,6 @@ struct Avx2 {
   static Avx2 negate(Avx2 a) { return {_mm256_xor_ps(a.lanes, sign_bit())}; }
   static Avx2 fma(Avx2 a, Avx2 b, Avx2 c) { return {_mm256_fmadd_ps(a.lanes, b.lanes, c.lanes)}; }
   static Avx2 fnma(Avx2 a, Avx2 b, Avx2 c) { return {_mm256_fnmadd_ps(a.lanes, b.lanes, c.lanes)}; }
-  static Avx2 subtracted_from_bits(std::uint32_t bits, Avx2 a) {
-    return {_mm256_castsi256_ps(
-        _mm256_sub_epi32(_mm256_set1_epi32(static_cast<int>(bits)), _mm256_castps_si256(a.lanes)))};
-  }
   static Avx2 maximum(Avx2 a, Avx2 b) {
     const __m256 nan = _mm256_cmp_ps(a.lanes, b.lanes, _CMP_UNORD_Q);
     return {_mm256_or_ps(_mm256_max_ps(a.lanes, b.lanes), nan)};

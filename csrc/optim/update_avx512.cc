@@ -93,16 +93,24 @@ struct Avx512 {
     const __m256 high = _mm256_rsqrt_ps(_mm512_extractf32x8_ps(a.lanes, 1));
     return {_mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1)};
   }
+  // 1 / d, correctly rounded, for d in [2^-60, 2^65], infinite or NaN. From a neighbour of 1 / d
+  // the last step of Newton's iteration rounds right, for a mantissa of ones if the neighbour is
+  // the upper one (Markstein, "IA-64 and Elementary Functions", 2000).
+  static Avx512 reciprocal_by_estimate(Avx512 d) {
+    constexpr int kUp = _MM_FROUND_TO_POS_INF | _MM_FROUND_NO_EXC;
+    const __m512 one = _mm512_set1_ps(1.0f);
+    const __m512 infinity = _mm512_set1_ps(__builtin_inff());
+    const __mmask16 finite = _mm512_cmp_ps_mask(d.lanes, infinity, _CMP_NEQ_UQ);
+    __m512 y = _mm512_rcp14_ps(d.lanes);
+    y = _mm512_fmadd_round_ps(_mm512_fnmadd_ps(d.lanes, y, one), y, y, kUp);
+    return {_mm512_maskz_fmadd_ps(finite, _mm512_fnmadd_ps(d.lanes, y, one), y, y)};
+  }
   static Avx512 negate(Avx512 a) { return {_mm512_xor_ps(a.lanes, _mm512_set1_ps(-0.0f))}; }
   static Avx512 fma(Avx512 a, Avx512 b, Avx512 c) {
     return {_mm512_fmadd_ps(a.lanes, b.lanes, c.lanes)};
   }
   static Avx512 fnma(Avx512 a, Avx512 b, Avx512 c) {
     return {_mm512_fnmadd_ps(a.lanes, b.lanes, c.lanes)};
-  }
-  static Avx512 subtracted_from_bits(std::uint32_t bits, Avx512 a) {
-    return {_mm512_castsi512_ps(
-        _mm512_sub_epi32(_mm512_set1_epi32(static_cast<int>(bits)), _mm512_castps_si512(a.lanes)))};
   }
   static Avx512 maximum(Avx512 a, Avx512 b) {
     const __mmask16 nan = _mm512_cmp_ps_mask(a.lanes, b.lanes, _CMP_UNORD_Q);

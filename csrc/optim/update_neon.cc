@@ -32,9 +32,6 @@ struct Neon {
   static Neon negate(Neon a) { return {vnegq_f32(a.lanes)}; }
   static Neon fma(Neon a, Neon b, Neon c) { return {vfmaq_f32(c.lanes, a.lanes, b.lanes)}; }
   static Neon fnma(Neon a, Neon b, Neon c) { return {vfmsq_f32(c.lanes, a.lanes, b.lanes)}; }
-  static Neon subtracted_from_bits(std::uint32_t bits, Neon a) {
-    return {vreinterpretq_f32_u32(vsubq_u32(vdupq_n_u32(bits), vreinterpretq_u32_f32(a.lanes)))};
-  }
   static Neon maximum(Neon a, Neon b) { return {vmaxq_f32(a.lanes, b.lanes)}; }
   static Neon sign(Neon a) {
     const uint32x4_t one = vreinterpretq_u32_f32(vdupq_n_f32(1.0f));

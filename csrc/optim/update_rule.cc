@@ -19,6 +19,21 @@ const QuantMap& map_of(const RuleHyper& hyper, std::size_t k) {
 
 }  // namespace
 
+UpdateCall update_internal::make_call(const RuleHyper& hyper, const UpdateFormat& format,
+                                      GradFactors factors, const RoundingSeed& seed,
+                                      const UpdateArrays& arrays) {
+  UpdateCall call;
+  const bool narrow = format.state != StateFormat::kFloat32;
+  call.scalars = make_scalars(hyper, factors, narrow);
+  call.format = format;
+  call.seed = seed;
+  call.step = static_cast<std::uint64_t>(hyper.step);
+  call.states = state_count(hyper);
+  for (std::size_t k = 0; k < kMaxStates; ++k) call.state_unsigned[k] = state_is_unsigned(hyper, k);
+  call.arrays = arrays;
+  return call;
+}
+
 std::size_t state_count(const RuleHyper& hyper) {
   switch (hyper.rule) {
     case Rule::kAdamW:
@@ -68,15 +83,7 @@ std::size_t element_bytes(StateFormat format) {
 
 void update_isa(Isa isa, const RuleHyper& hyper, const UpdateFormat& format, GradFactors factors,
                 const RoundingSeed& seed, const UpdateArrays& arrays) {
-  UpdateCall call;
-  const bool narrow = format.state != StateFormat::kFloat32;
-  call.scalars = update_internal::make_scalars(hyper, factors, narrow);
-  call.format = format;
-  call.seed = seed;
-  call.step = static_cast<std::uint64_t>(hyper.step);
-  call.states = state_count(hyper);
-  for (std::size_t k = 0; k < kMaxStates; ++k) call.state_unsigned[k] = state_is_unsigned(hyper, k);
-  call.arrays = arrays;
+  const UpdateCall call = update_internal::make_call(hyper, format, factors, seed, arrays);
   switch (isa) {
 #if defined(__x86_64__)
     case Isa::kAvx2:

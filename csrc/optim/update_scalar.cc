@@ -31,15 +31,6 @@ struct Reference {
   float lerp(float state, float g) const {
     return fma(s.lerp_weight, g - state, s.lerp_to_grad ? g : state);
   }
-  // See rule_scalars.h.
-  static float reciprocal(float d) {
-    float y = std::bit_cast<float>(kReciprocalBits - std::bit_cast<std::uint32_t>(d));
-    for (int k = 0; k < 2; ++k) {
-      const float e = std::fma(-d, y, 1.0f);
-      y = std::fma(std::fma(e, e, e), y, y);
-    }
-    return y;
-  }
   // mul_(beta2).addcmul_(g, g, value=1 - beta2)
   float square_average(float state, float g) const {
     if (s.fused) return std::fma(-s.one_minus_beta2, std::fma(-g, g, state), state);
@@ -48,7 +39,7 @@ struct Reference {
   }
   // c + a / b
   float add_quotient(float c, float a, float b) const {
-    if (s.fused) return std::fma(a, reciprocal(b), c);
+    if (s.fused) return std::fma(a, 1.0f / b, c);
     const float quotient = a / b;
     return c + quotient;
   }

@@ -90,6 +90,12 @@ Status check_job(const UpdateJob& job, const std::array<std::uint64_t, kUpdateRo
   return check_segments(job);
 }
 
+std::uint64_t memory_chunk(std::uint64_t numel) {
+  const std::uint64_t blocks = ceil_div(numel, 16 * kQuantBlock);
+  return std::clamp(blocks * kQuantBlock, UpdateLayout::kMemoryChunk,
+                    UpdateLayout::kLargestMemoryChunk);
+}
+
 }  // namespace
 
 UpdateOperand UpdateOperand::in_memory(std::shared_ptr<Lease> lease, std::uint64_t nbytes) {
@@ -153,7 +159,7 @@ Result<UpdateLayout> UpdateLayout::of(const UpdateJob& job, std::uint64_t block_
     layout.any_written = layout.any_written || layout.writes_back(role);
     narrowest = narrowest == 0 ? layout.width[role] : std::min(narrowest, layout.width[role]);
   }
-  layout.chunk_elements = layout.any_on_disk ? block_bytes / narrowest : kMemoryChunk;
+  layout.chunk_elements = layout.any_on_disk ? block_bytes / narrowest : memory_chunk(job.numel);
   layout.chunks = ceil_div(job.numel, layout.chunk_elements);
   for (unsigned role = 0; role < kUpdateRoles; ++role) {
     const UpdateOperand& operand = job.operands[role];

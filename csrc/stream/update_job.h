@@ -78,8 +78,11 @@ struct UpdateJob {
 // How a job is cut, and what of it goes through staging.
 struct UpdateLayout {
   static constexpr unsigned kMaxSpan = 4;  // blocks of one operand in one chunk
-  // Chunks of jobs wholly in memory: small enough that a few threads end together.
+  // Elements of a chunk of a job wholly in memory: a sixteenth of the job, so that a few threads
+  // end together, within these bounds. The longer the runs, the less often the CPU's prefetchers
+  // begin.
   static constexpr std::uint64_t kMemoryChunk = std::uint64_t{1} << 16;
+  static constexpr std::uint64_t kLargestMemoryChunk = std::uint64_t{1} << 18;
 
   // kInvalid when the job makes no sense: operands too short, missing or too many, segments out of
   // order or not aligned.

@@ -5,6 +5,7 @@
 #include <string>
 #include <tuple>
 
+#include "optim/rule_kernels.h"
 #include "update_rule_testing.h"
 
 namespace offload {
@@ -90,6 +91,73 @@ TEST_CASE("a division by a constant is exact: AdamW's denominators over all mant
     check_all(problem, random);
   }
 }
+
+#if defined(__x86_64__)
+
+TEST_CASE("a reciprocal by an estimate has the divider's bits: in every rule that divides") {
+  if (!isa_available(Isa::kAvx512)) return;
+  std::mt19937 random(4);
+  int estimates = 0;
+  for (const Rule rule : kRules) {
+    for (const StateFormat state : {StateFormat::kBfloat16, StateFormat::kInt8}) {
+      for (int round = 0; round < 12; ++round) {
+        RuleHyper hyper = random_hyper(rule, random);
+        if (round % 2 == 0) hyper.eps = 1e-8;
+        const Problem problem =
+            random_problem(hyper, {.state = state}, 700, round % 3 == 0, random);
+        const auto by = [&](bool divider) {
+          const auto step = [&](const UpdateArrays& arrays) {
+            update_internal::UpdateCall call = update_internal::make_call(
+                hyper, problem.format, {problem.factors.data(), problem.factors.size()},
+                problem.seed, arrays);
+            const float eps = call.scalars.eps;
+            if (eps < 0x1p-60f) divider = true;
+            if (!divider) ++estimates;
+            call.scalars.by_divider = divider;
+            update_internal::update_avx512(call);
+          };
+          return run_by(step, problem, false, 0);
+        };
+        CAPTURE(static_cast<int>(rule));
+        CAPTURE(round);
+        check_same(problem.format, by(false), by(true));
+      }
+    }
+  }
+  CHECK(estimates > 6 * 2 * 6 - 1);
+}
+
+TEST_CASE("a reciprocal by an estimate is correctly rounded: all mantissas") {
+  if (!isa_available(Isa::kAvx512)) return;
+  // The denominator is |g| + eps, rounded: g. The parameter, 1, becomes 1 - g * (1 / g): what the
+  // reciprocal lacks, and exact.
+  const RuleHyper hyper{.rule = Rule::kAdagrad, .lr = 1.0, .eps = 0x1p-60};
+  constexpr std::size_t kPart = 1 << 16;
+  std::vector<float> grad(kPart), param(kPart), want(kPart);
+  for (std::uint32_t first = 0; first < 1u << 23; first += kPart) {
+    for (std::uint32_t i = 0; i < kPart; ++i) {
+      grad[i] = std::bit_cast<float>(0x3f800000u + first + i);
+    }
+    const auto step = [&](bool divider, std::vector<float>& to) {
+      std::fill(to.begin(), to.end(), 1.0f);
+      std::vector<std::uint16_t> sum(kPart, 0);
+      UpdateArrays arrays;
+      arrays.n = kPart;
+      arrays.param = arrays.param_out = to.data();
+      arrays.grad = grad.data();
+      arrays.state[0] = arrays.state_out[0] = sum.data();
+      update_internal::UpdateCall call =
+          update_internal::make_call(hyper, {.state = StateFormat::kBfloat16}, {}, {}, arrays);
+      call.scalars.by_divider = divider;
+      update_internal::update_avx512(call);
+    };
+    step(false, param);
+    step(true, want);
+    REQUIRE(param == want);
+  }
+}
+
+#endif
 
 // Recorded from torch 2.13's own mul_, lerp_, addcmul_, div, add_ and addcdiv_ under its AVX512 and
 // DEFAULT dispatch, with a correctly rounded square root in place of MKL's.
