@@ -1,11 +1,18 @@
-"""Everyone's AdamW with its state in memory, against the memory's bandwidth."""
+"""Everyone's AdamW with its state in memory, against the memory's bandwidth.
+
+Where a process's memory lies decides a good deal: in a virtual machine some of it is reached by a
+short walk through the page tables and some by a long one, which makes the same update up to 40%
+slower for as long as the process lives. So each round starts everyone anew.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from common import Bar, print_rows
+from worker import Json, Worker
 
 from optim_peers.bandwidth import HUGE_PAGES
 from optim_peers.field import (
@@ -47,15 +54,25 @@ FORMATS = (
 )
 
 
+@dataclass(kw_only=True)
+class _Entrant(Contestant):
+    """A contestant of one round."""
+
+    worker: Worker
+
+
 def compare(field: Field) -> tuple[list[dict[str, Any]], list[Bar]]:
     """(rows: one per round, then one per contestant; bars)."""
-    ours, peers = _start(field)
-    memory = field.start("bandwidth", {}, env=HUGE_PAGES)
-    limits = [
-        Contestant(f"limit {f.name}", median_steps(memory, {"state_bytes": f.state_bytes}))
-        for f in FORMATS
-    ]
-    take_turns([*ours, *peers, *limits], field.options.rounds)
+    if field.deepspeed is not None:
+        print("deepspeed: loading cpu_adam; the first time compiles it", flush=True)
+    ours, peers, limits = _start(field)
+    _take_a_turn([*ours, *peers, *limits], 0)
+    for number in range(1, field.options.rounds):
+        again = _start(field)
+        _take_a_turn([c for group in again for c in group], number)
+        for group, more in zip((ours, peers, limits), again, strict=True):
+            for contestant, other in zip(group, more, strict=True):
+                contestant.found += other.found
     rounds = rows_of_rounds("memory", [*ours, *peers, *limits])
     summaries = [
         _summary(field, contestant, form, limit)
@@ -81,21 +98,47 @@ def compare(field: Field) -> tuple[list[dict[str, Any]], list[Bar]]:
     return [*rounds, *summaries], bars
 
 
-def _start(field: Field) -> tuple[list[Contestant], list[Contestant]]:
-    ours = []
-    for form in FORMATS:
-        options = {"state_format": form.name}
-        worker = field.start("in_memory", {"optimizer": "offload", "options": options})
-        ours.append(Contestant(f"offload {form.name}", median_steps(worker, {})))
-    fused = field.start("in_memory", {"optimizer": "torch", "options": {"fused": True}})
-    peers = [Contestant("torch fused", median_steps(fused, {}))]
+def _start(field: Field) -> tuple[list[_Entrant], list[_Entrant], list[_Entrant]]:
+    """(offload's, one per format; its peers; the limit, one per format), in new processes."""
+
+    def enter(name: str, settings: Json, request: Json, **how: Any) -> _Entrant:
+        module = "in_memory" if settings else "bandwidth"
+        worker = field.start(module, settings, **how)
+        return _Entrant(name, median_steps(worker, request), worker=worker)
+
+    ours = [
+        enter(
+            f"offload {form.name}",
+            {"optimizer": "offload", "options": {"state_format": form.name}},
+            {},
+        )
+        for form in FORMATS
+    ]
+    peers = [enter("torch fused", {"optimizer": "torch", "options": {"fused": True}}, {})]
     if field.deepspeed is not None:
         python, env = field.deepspeed
-        print("deepspeed: loading cpu_adam; the first time compiles it", flush=True)
-        settings = {"optimizer": "deepspeed", "options": {}}
-        worker = field.start("in_memory", settings, python, {**env, "DS_ACCELERATOR": "cpu"})
-        peers.append(Contestant("deepspeed", median_steps(worker, {})))
-    return ours, peers
+        peers.append(
+            enter(
+                "deepspeed",
+                {"optimizer": "deepspeed", "options": {}},
+                {},
+                python=python,
+                env={**env, "DS_ACCELERATOR": "cpu"},
+            )
+        )
+    limits = [
+        enter(f"limit {f.name}", {}, {"state_bytes": f.state_bytes}, env=HUGE_PAGES)
+        for f in FORMATS
+    ]
+    return ours, peers, limits
+
+
+def _take_a_turn(entrants: Sequence[_Entrant], first: int) -> None:
+    """Has everyone measured once, entrant `first` first, and ends them."""
+    first %= len(entrants)
+    take_turns([*entrants[first:], *entrants[:first]], 1)
+    for entrant in entrants:
+        entrant.worker.close()
 
 
 def _summary(
