@@ -1,6 +1,6 @@
 # Each target does all the set-up it needs, on a fresh clone too; a second run does only what changed.
 #   make demo ARGS="…"    train a GPT larger than memory; ARGS go to examples/train_gpt.py
-#   make test             everything CI checks
+#   make test             everything CI checks; WORKERS=1: the Python tests in one process
 #   make device-test      models and optimizers once more, on the simulated device
 #   make gpu-test OUT=…   on a machine with a GPU: tests, sanitizers and benchmarks, logs in OUT
 #   make bench ARGS="…"   every benchmark; ARGS="--quick" for a short look
@@ -73,15 +73,21 @@ cpp-test: $(VENV)/.stamp-run
 
 comma := ,
 
+# A process of tests for each core. Torch's threads sleep where they wait for one another: spinning,
+# they would take the cores of the other process.
+WORKERS ?= $(shell nproc)
+PYTEST = OMP_WAIT_POLICY=passive $(BIN)/python -m pytest \
+  $(if $(filter-out 1,$(WORKERS)),-n $(WORKERS) --dist worksteal)
+
 py-test: build $(VENV)/.stamp-dev
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 device-test: build $(VENV)/.stamp-dev
-	$(BIN)/python -m pytest --device simulated:latest \
+	$(PYTEST) --device simulated:latest \
 	  tests/python/runtime tests/python/optim tests/python/parity
-	$(BIN)/python -m pytest --device simulated:latest --update device \
+	$(PYTEST) --device simulated:latest --update device \
 	  tests/python/runtime tests/python/optim
-	$(BIN)/python -m pytest --device simulated:latest,simulated:latest \
+	$(PYTEST) --device simulated:latest,simulated:latest \
 	  tests/python/runtime tests/python/parity
 
 # Offline, with the Python and the tools of the machine: see the script.
