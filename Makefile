@@ -1,6 +1,6 @@
 # Each target does all the set-up it needs, on a fresh clone too; a second run does only what changed.
 #   make demo ARGS="…"    train a GPT larger than memory; ARGS go to examples/train_gpt.py
-#   make test             everything CI checks
+#   make test             everything CI checks; WORKERS=1: the Python tests in one process
 #   make device-test      models and optimizers once more, on the simulated device
 #   make gpu-test OUT=…   on a machine with a GPU: tests, sanitizers and benchmarks, logs in OUT
 #   make bench ARGS="…"   every benchmark; ARGS="--quick" for a short look
@@ -54,34 +54,41 @@ build: $(VENV)/.stamp-install
 test: export CMAKE_ARGS := $(CMAKE_ARGS) -DOFFLOAD_WERROR=ON
 test: cpp-test py-test lint
 
-# $(call cpp_build,FOLDER,SANITIZERS,CUDA): configure and compile the C++ tests.
+# $(call cpp_build,FOLDER,SANITIZERS,CUDA,OPTIMIZATION): configure and compile the C++ tests, after
+# tests that run at the same time.
 cpp_build = \
   $(BIN)/cmake -S . -B build/$(1) -G Ninja --no-warn-unused-cli \
     -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
-    -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS_DEBUG=-O1 -DOFFLOAD_WERROR=ON \
+    -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS_DEBUG=$(4) -DOFFLOAD_WERROR=ON \
     -DOFFLOAD_SANITIZE=$(2) -DOFFLOAD_BUILD_TESTS=ON -DOFFLOAD_BUILD_PYTHON=OFF \
     -DOFFLOAD_CUDA=$(3) && \
-  $(BIN)/cmake --build build/$(1)
+  nice $(BIN)/cmake --build build/$(1)
 
-# With CUDA where there is some, and without. The two run side by side: either is one thread mostly.
+# With CUDA where there is some, and without. TSan's tests take minutes and are one thread mostly:
+# the other build goes on beside them. What runs for long is worth -O1, ASan's tests are not.
 cpp-test: $(VENV)/.stamp-run
-	$(call cpp_build,asan,"address$(comma)undefined",AUTO)
-	$(call cpp_build,tsan,thread,OFF)
-	build/asan/offload_tests >build/asan.log 2>&1 & asan=$$!; \
-	$(NO_ASLR) build/tsan/offload_tests; tsan=$$?; \
-	wait $$asan; asan=$$?; cat build/asan.log; exit $$((asan | tsan))
+	$(call cpp_build,tsan,thread,OFF,-O1)
+	$(NO_ASLR) build/tsan/offload_tests >build/tsan.log 2>&1 & tsan=$$!; \
+	{ $(call cpp_build,asan,"address$(comma)undefined",AUTO,-Og) && build/asan/offload_tests; }; asan=$$?; \
+	wait $$tsan; tsan=$$?; cat build/tsan.log; exit $$((asan | tsan))
 
 comma := ,
 
+# A process of tests for each core. Torch's threads sleep where they wait for one another: spinning,
+# they would take the cores of the other process.
+WORKERS ?= $(shell nproc)
+PYTEST = OMP_WAIT_POLICY=passive $(BIN)/python -m pytest \
+  $(if $(filter-out 1,$(WORKERS)),-n $(WORKERS) --dist worksteal)
+
 py-test: build $(VENV)/.stamp-dev
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 device-test: build $(VENV)/.stamp-dev
-	$(BIN)/python -m pytest --device simulated:latest \
+	$(PYTEST) --device simulated:latest \
 	  tests/python/runtime tests/python/optim tests/python/parity
-	$(BIN)/python -m pytest --device simulated:latest --update device \
+	$(PYTEST) --device simulated:latest --update device \
 	  tests/python/runtime tests/python/optim
-	$(BIN)/python -m pytest --device simulated:latest,simulated:latest \
+	$(PYTEST) --device simulated:latest,simulated:latest \
 	  tests/python/runtime tests/python/parity
 
 # Offline, with the Python and the tools of the machine: see the script.

@@ -9,6 +9,7 @@ namespace offload::bind {
 
 void bind_adafactor(pybind11::module_& module);
 void bind_device(pybind11::module_& module);
+void bind_device_memory(pybind11::module_& module);
 void bind_device_transfer(pybind11::module_& module);
 void bind_disk(pybind11::module_& module);
 void bind_kernels(pybind11::module_& module);

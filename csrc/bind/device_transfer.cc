@@ -13,35 +13,28 @@
 #include "bind/device_names.h"
 #include "bind/errors.h"
 #include "bind/keep_alive.h"
+#include "bind/waiting.h"
 
 namespace py = pybind11;
 
 namespace offload::bind {
 namespace {
 
-// `step` with the GIL released until it is true, with a look for signals (Ctrl-C) ten times a
-// second.
-template <typename Step>
-void until(Step step) {
-  while (!unlocked(step)) {
-    if (PyErr_CheckSignals() != 0) throw py::error_already_set();
-  }
-  release_dropped();
-}
-
 void wait_stream(DeviceTransfer& transfer, const std::string& stream) {
   const StreamId id = stream_of(stream);
-  until([&] { return transfer.wait_until_issued(100); });
+  until([&] { return transfer.wait_until_issued(kLookMs); });
+  release_dropped();
   check(unlocked([&] { return transfer.make_wait(id); }));
 }
 
 void wait(DeviceTransfer& transfer) {
   Status failed;
   until([&] {
-    const Result<bool> done = transfer.wait_for(100);
+    const Result<bool> done = transfer.wait_for(kLookMs);
     failed = done.status();
     return !done.is_ok() || done.value();
   });
+  release_dropped();
   check(failed);
   check(transfer.status());
 }

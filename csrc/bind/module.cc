@@ -6,6 +6,7 @@
 PYBIND11_MODULE(_native, module) {
   module.doc() = "The native core of offload: memory, devices, swap files and update pipelines.";
   offload::bind::bind_device(module);
+  offload::bind::bind_device_memory(module);
   offload::bind::bind_disk(module);
   offload::bind::bind_memory(module);
   offload::bind::bind_optim(module);

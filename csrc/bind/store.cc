@@ -14,6 +14,7 @@
 #include "bind/bindings.h"
 #include "bind/errors.h"
 #include "bind/keep_alive.h"
+#include "bind/waiting.h"
 #include "io/probe.h"
 #include "mem/host_memory.h"
 #include "store/file_ranges.h"
@@ -33,17 +34,8 @@ EngineKind engine_kind(const std::string& name) {
                       "I/O engine '" + name + "' is none of: auto, io_uring, threads"));
 }
 
-// Waits with the GIL released, and looks for signals (Ctrl-C) ten times a second.
 void wait(Transfer& transfer) {
-  while (true) {
-    bool done = false;
-    {
-      py::gil_scoped_release unlocked;
-      done = transfer.wait_for(100);
-    }
-    if (done) break;
-    if (PyErr_CheckSignals() != 0) throw py::error_already_set();
-  }
+  until([&] { return transfer.wait_for(kLookMs); });
   release_dropped();
   check(transfer.wait());
 }

@@ -1,6 +1,7 @@
 #include "stream/device_transfer.h"
 
 #include <chrono>
+#include <mutex>
 #include <span>
 #include <string>
 #include <utility>
@@ -165,26 +166,7 @@ void DeviceTransfer::set_issued(Event event) {
 void DeviceTransfer::finish(const Status& status) {
   device_.reset();
   host_.reset();
-  std::vector<Callback> followers;
-  {
-    std::lock_guard<std::mutex> lock(mutex_);
-    status_ = status;
-    done_ = true;
-    followers.swap(followers_);
-    changed_.notify_all();
-  }
-  for (const Callback& follower : followers) follower(status);
-}
-
-void DeviceTransfer::when_done(Callback callback) {
-  std::unique_lock<std::mutex> lock(mutex_);
-  if (!done_) {
-    followers_.push_back(std::move(callback));
-    return;
-  }
-  const Status status = status_;
-  lock.unlock();
-  callback(status);
+  end(status);
 }
 
 bool DeviceTransfer::await(unsigned milliseconds) {
@@ -219,11 +201,6 @@ Status DeviceTransfer::make_wait(StreamId stream) const {
     return Status::error(Code::kInvalid, "the copy to the device is not issued yet");
   }
   return device().wait(stream, event, why_);
-}
-
-bool DeviceTransfer::done() const {
-  std::lock_guard<std::mutex> lock(mutex_);
-  return done_;
 }
 
 Result<bool> DeviceTransfer::wait_for(unsigned milliseconds) {

@@ -21,10 +21,8 @@
 #include <atomic>
 #include <cstdint>
 #include <memory>
-#include <mutex>
 #include <string>
 #include <utility>
-#include <vector>
 
 #include "base/status.h"
 #include "device/device_span.h"
@@ -32,7 +30,6 @@
 #include "store/swap_store.h"
 #include "stream/device_completions.h"
 #include "stream/prerequisite.h"
-#include "sys/at_fork.h"
 
 namespace offload {
 
@@ -73,12 +70,10 @@ class DeviceTransfer : public Prerequisite, public std::enable_shared_from_this<
   // kInvalid when the copy is not issued yet.
   Status make_wait(StreamId stream) const;
 
-  bool done() const;
   // Waits for the end for at most `milliseconds`; whether it came.
   Result<bool> wait_for(unsigned milliseconds);
   // REQUIRES: done().
   Status status() const;
-  void when_done(Callback callback) override;
   // In a forked child, where it never ends, false.
   bool await(unsigned milliseconds) override;
 
@@ -128,13 +123,9 @@ class DeviceTransfer : public Prerequisite, public std::enable_shared_from_this<
   std::shared_ptr<Lease> host_;         // until the end; then empty
   std::shared_ptr<DeviceSpan> device_;  // until the copy is issued; then empty
 
-  mutable std::mutex mutex_;  // guards all below
-  mutable ForkSafeCondition changed_;
-  Event event_;  // of the copy, once issued
-  bool done_ = false;
+  // mutex_ guards both, and changed_ tells of them too.
+  Event event_;           // of the copy, once issued
   bool stalled_ = false;  // counted
-  Status status_;
-  std::vector<Callback> followers_;  // until done
 };
 
 }  // namespace offload

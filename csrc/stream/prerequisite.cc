@@ -16,6 +16,34 @@ struct Countdown {
 
 }  // namespace
 
+bool Prerequisite::done() const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return done_;
+}
+
+void Prerequisite::when_done(Callback callback) {
+  std::unique_lock<std::mutex> lock(mutex_);
+  if (!done_) {
+    followers_.push_back(std::move(callback));
+    return;
+  }
+  const Status status = status_;
+  lock.unlock();
+  callback(status);
+}
+
+void Prerequisite::end(const Status& status) {
+  std::vector<Callback> followers;
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    status_ = status;
+    done_ = true;
+    followers.swap(followers_);
+    changed_.notify_all();
+  }
+  for (const Callback& follower : followers) follower(status);
+}
+
 void when_all_done(const Prerequisites& all, Prerequisite::Callback callback) {
   if (all.empty()) {
     callback(Status::ok());

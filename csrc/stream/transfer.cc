@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <mutex>
 #include <span>
 #include <string>
 #include <utility>
@@ -104,11 +105,6 @@ Result<std::shared_ptr<Transfer>> Transfer::read_blocks(FileRanges& ranges,
   });
 }
 
-bool Transfer::done() const {
-  std::lock_guard<std::mutex> lock(mutex_);
-  return done_;
-}
-
 Prerequisites Transfer::prerequisites() const {
   const std::lock_guard<std::mutex> lock(mutex_);
   return after_;
@@ -125,7 +121,7 @@ void Transfer::await_prerequisites() const {
 Status Transfer::wait() {
   await_prerequisites();
   std::unique_lock<std::mutex> lock(mutex_);
-  finished_.wait(lock, [this] { return done_; });
+  changed_.wait(lock, [this] { return done_; });
   return status_;
 }
 
@@ -137,18 +133,7 @@ bool Transfer::wait_for(unsigned milliseconds) const {
     if (!one->await(static_cast<unsigned>(std::max<std::int64_t>(left.count(), 0)))) return done();
   }
   std::unique_lock<std::mutex> lock(mutex_);
-  return finished_.wait_for(lock, deadline - steady_clock::now(), [this] { return done_; });
-}
-
-void Transfer::when_done(Callback callback) {
-  std::unique_lock<std::mutex> lock(mutex_);
-  if (!done_) {
-    followers_.push_back(std::move(callback));
-    return;
-  }
-  const Status status = status_;
-  lock.unlock();
-  callback(status);
+  return changed_.wait_for(lock, deadline - steady_clock::now(), [this] { return done_; });
 }
 
 void Transfer::follow(Prerequisites after) {
@@ -158,16 +143,12 @@ void Transfer::follow(Prerequisites after) {
 
 void Transfer::finish(const Status& status) {
   Prerequisites after;  // goes without the lock
-  std::vector<Callback> followers;
   {
     const std::lock_guard<std::mutex> lock(mutex_);
-    status_ = status;
-    done_ = true;
     after.swap(after_);
-    followers.swap(followers_);
-    finished_.notify_all();
   }
-  for (const Callback& follower : followers) follower(status);
+  after.clear();
+  end(status);
 }
 
 }  // namespace offload

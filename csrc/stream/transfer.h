@@ -9,16 +9,13 @@
 #include <atomic>
 #include <cstdint>
 #include <memory>
-#include <mutex>
 #include <span>
-#include <vector>
 
 #include "base/status.h"
 #include "mem/host_memory.h"
 #include "store/file_ranges.h"
 #include "store/swap_store.h"
 #include "stream/prerequisite.h"
-#include "sys/at_fork.h"
 
 namespace offload {
 
@@ -52,12 +49,10 @@ class Transfer : public Prerequisite {
                                                        std::span<const Span> spans,
                                                        IoPriority priority);
 
-  bool done() const;
   // Blocks until done; the transfer's outcome. May be called any number of times.
   Status wait();
   // The same for at most `milliseconds`; false when that was not enough.
   bool wait_for(unsigned milliseconds) const;
-  void when_done(Callback callback) override;
   bool await(unsigned milliseconds) override { return wait_for(milliseconds); }
 
   // What of it has not started yet does not; the transfer then ends with kCancelled, a write
@@ -84,12 +79,7 @@ class Transfer : public Prerequisite {
   Prerequisites prerequisites() const;
 
   std::atomic<bool> cancelled_{false};
-  mutable std::mutex mutex_;  // guards all below
-  mutable ForkSafeCondition finished_;
-  bool done_ = false;
-  Status status_;
-  Prerequisites after_;              // until done
-  std::vector<Callback> followers_;  // likewise
+  Prerequisites after_;  // until done; mutex_ guards it
 };
 
 }  // namespace offload

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable
 from types import FrameType
 from typing import Any
@@ -26,3 +27,18 @@ class Interrupter:
             if self.left < 0:
                 raise KeyboardInterrupt
         return self
+
+
+def interrupted(
+    functions: Iterable[Callable[..., Any]], line: int, work: Callable[[], object]
+) -> bool:
+    """Do the work until Ctrl-C comes, before that line of `functions`; return whether it came."""
+    interrupter = Interrupter(functions, line)
+    sys.settrace(interrupter)
+    try:
+        work()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        sys.settrace(None)
+    return interrupter.left < 0

@@ -16,5 +16,5 @@ def test_convergence(quick: Quick, tmp_path: Path) -> None:
     assert [row["state_format"] for row in result["rows"]] == ["float32", "bfloat16", "int8"]
     first = {row["losses"][0] for row in result["rows"]}
     assert len(first) == 1  # the same weights and the same batch
-    second = {row["losses"][2] for row in result["rows"]}
-    assert len(second) == 3  # the formats are in use
+    curves = {tuple(row["losses"]) for row in result["rows"]}
+    assert len(curves) == 3  # the formats are in use

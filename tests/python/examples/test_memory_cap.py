@@ -72,7 +72,7 @@ def test_memory_use_sees_an_allocation() -> None:
 
 def _run(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", code], cwd=EXAMPLES, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", code], cwd=EXAMPLES, capture_output=True, text=True, timeout=300
     )
 
 

@@ -41,7 +41,7 @@ FIELDS = {
 
 def run_script(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True, timeout=60
+        [sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True, timeout=300
     )
 
 
@@ -132,7 +132,7 @@ def test_interrupt_prints_the_summary_so_far(
                 break
         time.sleep(0.5)
         os.kill(process.pid, signal.SIGINT)
-        out, err = process.communicate(timeout=30)
+        out, err = process.communicate(timeout=120)
     finally:
         process.kill()
     assert process.returncode == 130, err

@@ -154,7 +154,7 @@ def run_limited(name: str, folder: Path) -> None:
         [sys.executable, "-c", LIMITED, str(Path(__file__).parent), name, str(folder)],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
 

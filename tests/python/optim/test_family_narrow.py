@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -217,11 +218,24 @@ def test_torch_can_go_on_from_a_narrow_state(
     model = f.Model()
     optimizer = f.make(name, model.parameters(), state_format=state_format, **kwargs)
     run(model, optimizer, range(3))
+    twin = deepcopy(model)
     real = f.reference(name, model.parameters(), **kwargs)
-    real.load_state_dict(optimizer.state_dict())
-    f.set_gradients(3, model)
+    wide = f.make(name, twin.parameters(), **kwargs)
+    for each in (real, wide):
+        each.load_state_dict(optimizer.state_dict())
+    f.set_gradients(3, model, twin)
     real.step()
-    optimizer.load_state_dict(real.state_dict())
+    wide.step()
+    f.assert_same(twin, model)
+    stepped, expected = real.state_dict(), wide.state_dict()["state"]
+    optimizer.load_state_dict(stepped)
+    found = optimizer.state_dict()["state"]
+    for key, state in expected.items():
+        for what, value in state.items():
+            assert f.same_bits(stepped["state"][key][what], value), (key, what)
+            if value.numel():  # what torch kept of the codes is of before its step
+                near = value.abs().max().item() / 50
+                assert torch.allclose(found[key][what], value, rtol=0.1, atol=near), (key, what)
     run(model, optimizer, range(4, 5))
 
 

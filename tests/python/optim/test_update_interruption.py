@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import family as f
 import pytest
-from interrupter import Interrupter
+from interrupter import interrupted
 
 from offload import optim
 from offload.tiers.context import RuntimeContext
@@ -21,19 +20,15 @@ LINES = 90
 
 def step_interrupted(optimizer: Any, context: RuntimeContext, line: int) -> bool:
     """Take a step and finish it, interrupted at `line` once; return whether it was."""
-    optimizer.step()
-    interrupter = Interrupter(TRACED, line)
-    sys.settrace(interrupter)
-    try:
+
+    def flush() -> None:
         with context.lock:
             context.updates.flush()
-    except KeyboardInterrupt:
-        pass
-    finally:
-        sys.settrace(None)
-    with context.lock:
-        context.updates.flush()
-    return interrupter.left < 0
+
+    optimizer.step()
+    came = interrupted(TRACED, line, flush)
+    flush()
+    return came
 
 
 @pytest.mark.cpu_updates  # test_device_updates.py follows the others
@@ -43,15 +38,15 @@ def test_an_update_is_done_once(name: str, tmp_path: Path) -> None:
     context = f.wrapped(ours, tmp_path)._offload_wrapped.context  # type: ignore[union-attr]
     optimizer = getattr(optim, name)(ours.parameters(), lr=0.1)
     real = f.reference(name, theirs.parameters(), lr=0.1)
-    interrupted = []
+    came = []
     for line in range(LINES):
         f.set_gradients(line, ours, theirs, missing=False)
         real.step()
-        interrupted.append(step_interrupted(optimizer, context, line))
+        came.append(step_interrupted(optimizer, context, line))
         f.assert_same(ours, theirs)
         assert len(context.updates) == 0
         with context.lock:
             slabs = [s for u in context.units for s in (u.param_slab, u.grad_slab) if s is not None]
             assert not any(slab.locks for slab in slabs), line
-    assert interrupted[0]
-    assert not interrupted[-1]
+    assert came[0]
+    assert not came[-1]

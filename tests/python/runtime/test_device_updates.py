@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from interrupter import Interrupter
+from interrupted_updates import first_line_not_reached, small
 from torch import nn
 
 import offload
@@ -372,13 +371,8 @@ TRACED = (
 )
 
 
-def test_an_update_that_is_interrupted_on_any_line_is_taken_once(tmp_path: Path) -> None:
+def test_an_update_that_is_interrupted_on_any_line_is_taken_once() -> None:
     """The first lines are those of the first step, the others of all that follow."""
-
-    def small() -> nn.Module:
-        torch.manual_seed(0)
-        return nn.Sequential(nn.Linear(129, 331), nn.Linear(331, 129))
-
     plain, model = small(), small()
     budget = offload.Budget(host="4MiB", device="4MiB")
     offload.wrap(
@@ -389,29 +383,8 @@ def test_an_update_that_is_interrupted_on_any_line_is_taken_once(tmp_path: Path)
     )
     ours = offload.AdamW(model.parameters(), lr=1e-2)
     theirs = torch.optim.AdamW(plain.parameters(), lr=1e-2, foreach=False)
-    context, x = context_of(model), torch.randn(3, 129)
-    for line in range(0, 1000, 2):
-        for each, optimizer in ((plain, theirs), (model, ours)):
-            optimizer.zero_grad()
-            each(x).square().mean().backward()
-            optimizer.step()
-        interrupter = Interrupter(TRACED, line)
-        sys.settrace(interrupter)
-        try:
-            with context.lock:
-                context.flush()
-        except KeyboardInterrupt:
-            pass
-        finally:
-            sys.settrace(None)
-        with context.lock:
-            context.flush()
-        for a, b in zip(model.state_dict().values(), plain.state_dict().values(), strict=True):
-            assert torch.equal(a, b), line
-        if interrupter.left >= 0:
-            break
-    assert line > 100
-    assert interrupter.left >= 0
+    twins = ((model, ours), (plain, theirs))
+    assert first_line_not_reached(TRACED, range(0, 1000, 2), twins) > 100
     check_all_ran_there(model)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +12,7 @@ import pytest
 import torch
 import training as t
 from fused import EXPERTS, Experts, Reads, Sparse
-from interrupter import Interrupter
+from interrupter import interrupted
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from training import Loop
@@ -549,23 +548,19 @@ def test_no_row_is_taken_for_read_after_ctrl_c_on_any_line_of_its_read(tmp_path:
     plain, model = (seeded(lambda: Sparse(layers=2)) for _ in range(2))
     context = f.wrap(model, tmp_path)
     f.give_up(context)
-    interrupted = []
+
+    def use() -> None:
+        with torch.no_grad():
+            model(TOKENS)
+
+    came = []
     for line in range(0, 200, 3):
         for rows in ((0, 1), (3, 4)):  # from nothing, and beside what is there
             model.route(*rows)
-            interrupter = Interrupter(TRACED, line)
-            sys.settrace(interrupter)
-            try:
-                with torch.no_grad():
-                    model(TOKENS)
-            except KeyboardInterrupt:
-                pass
-            finally:
-                sys.settrace(None)
-            interrupted.append(interrupter.left < 0)
+            came.append(interrupted(TRACED, line, use))
             plain.route(*rows)
             with torch.no_grad():
                 assert torch.equal(model(TOKENS), plain(TOKENS)), (line, rows)
         f.give_up(context)
-    assert interrupted[0]
-    assert not interrupted[-1]
+    assert came[0]
+    assert not came[-1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -169,5 +170,6 @@ def test_a_loader_with_workers_forks_beside_a_wrapped_model(tmp_path: Path) -> N
     model = t.wrapped(t.Stack, tmp_path, t.least_budget(t.Stack) + (1 << 20))
     theirs = torch.optim.AdamW(plain.parameters(), lr=1e-2, foreach=False)
     ours = offload.AdamW(model.parameters(), lr=1e-2)
+    workers = min(2, len(os.sched_getaffinity(0)))  # torch warns of more than there are cores
     for _ in range(2):
-        assert epoch(model, ours, workers=2) == epoch(plain, theirs, workers=0)
+        assert epoch(model, ours, workers) == epoch(plain, theirs, workers=0)

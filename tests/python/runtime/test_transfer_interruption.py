@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import torch
 import training as t
-from interrupter import Interrupter
+from interrupter import interrupted
 
 from offload.tiers.flights import Flights
 from offload.tiers.slab import Residency
@@ -31,20 +30,16 @@ def test_a_written_parameter_survives(tmp_path: Path) -> None:
     owner = owner_of(param)
     assert owner is not None
     context, slab = owner.context, owner.unit.param_slab
-    interrupted = []
+
+    def change() -> None:
+        with torch.no_grad():
+            param.add_(1.0)  # fetched, changed, on its way to disk
+        context.mover.settle(slab)
+
+    came = []
     for line in range(LINES):
         before = param.clone()
-        interrupter = Interrupter(TRACED, line)
-        sys.settrace(interrupter)
-        try:
-            with torch.no_grad():
-                param.add_(1.0)  # fetched, changed, on its way to disk
-            context.mover.settle(slab)
-        except KeyboardInterrupt:
-            pass
-        finally:
-            sys.settrace(None)
-        interrupted.append(interrupter.left < 0)
+        came.append(interrupted(TRACED, line, change))
         context.recover()
         with context.lock:
             context.mover.write_back(slab)
@@ -55,5 +50,5 @@ def test_a_written_parameter_survives(tmp_path: Path) -> None:
                 context.mover.evict(slab)
         after = param.clone()
         assert torch.equal(after, before) or torch.equal(after, before + 1.0), line
-    assert interrupted[0]
-    assert not interrupted[-1]
+    assert came[0]
+    assert not came[-1]

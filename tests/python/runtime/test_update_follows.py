@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -12,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import training as t
-from interrupter import Interrupter
+from interrupted_updates import first_line_not_reached, small
 from torch import nn
 
 import offload
@@ -225,36 +224,10 @@ TRACED = (
 def test_an_update_that_is_interrupted_on_any_line_is_taken_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def small() -> nn.Module:
-        torch.manual_seed(0)
-        return nn.Sequential(nn.Linear(129, 331), nn.Linear(331, 129))
-
     plain, model = small(), small()
     budget = offload.Budget(host="16MiB", device="4MiB")
     policy = offload.Policy(budget, device="simulated:latest", max_unit_bytes="200KiB")
     offload.wrap(model, policy)
-    ours, theirs = adamw(model), adamw(plain)
-    context, x = wrapped(model).context, torch.randn(3, 129)
-    monkeypatch.setattr(context.prefetcher, "start_updates", lambda: None)
-    for line in range(0, 2000, 7):
-        for each, optimizer in ((plain, theirs), (model, ours)):
-            optimizer.zero_grad()
-            each(x).square().mean().backward()
-            optimizer.step()
-        interrupter = Interrupter(TRACED, line)
-        sys.settrace(interrupter)
-        try:
-            with context.lock:
-                context.flush()
-        except KeyboardInterrupt:
-            pass
-        finally:
-            sys.settrace(None)
-        with context.lock:
-            context.flush()
-        for a, b in zip(model.state_dict().values(), plain.state_dict().values(), strict=True):
-            assert torch.equal(a, b), line
-        if interrupter.left >= 0:
-            break
-    assert line > 30
-    assert interrupter.left >= 0
+    monkeypatch.setattr(wrapped(model).context.prefetcher, "start_updates", lambda: None)
+    twins = ((model, adamw(model)), (plain, adamw(plain)))
+    assert first_line_not_reached(TRACED, range(0, 2000, 7), twins) > 30
