@@ -15,9 +15,10 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 _BLOCK = 4 * 2**20
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,17 @@ def _mount_of(folder: str) -> tuple[str, str, str]:
             if below and len(point) >= len(best[0]):
                 best = (point, source, filesystem)
     return best
+
+
+def in_turn(contestants: Sequence[T], number: int) -> list[T]:
+    """Everyone, in the order of round `number`: it rotates, and every other one goes backwards.
+
+    So nobody is always measured after the same one: what a turn leaves behind (a host that still
+    writes, above all) would be counted against the next.
+    """
+    first = number % len(contestants)
+    order = [*contestants[first:], *contestants[:first]]
+    return order[::-1] if number % 2 else order
 
 
 def print_rows(title: str, rows: Sequence[Mapping[str, Any]]) -> None:

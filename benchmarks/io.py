@@ -1,11 +1,11 @@
 """The swap store against fio and DeepSpeed's async_io: bytes per second and CPU time per byte.
 
-Reads, writes and the optimizer pipeline's mix of both, all O_DIRECT, taking turns in an order that
-rotates: the store on its own unnamed file, the peers on that of another store. The mix is four
-reads for three writes; beside it, without a bar, is the pipeline itself, which updates what it
-moves. fio runs at the store's block size and depth (1 MiB, 16), with the engine and buffers that
-trials before each comparison found fastest; the settings of DeepSpeed's handle and the size of its
-tensors are chosen likewise.
+Reads, writes and the optimizer pipeline's mix of both, all O_DIRECT, taking turns in orders in
+which nobody always follows the same one: the store on its own unnamed file, the peers on that of
+another store. The mix is four reads for three writes; beside it, without a bar, is the pipeline
+itself, which updates what it moves. fio runs at the store's block size and depth (1 MiB, 16), with
+the engine and buffers that trials before each comparison found fastest; the settings of DeepSpeed's
+handle and the size of its tensors are chosen likewise.
 
 What is to be measured is a disk, which training state is larger than any cache of: O_DIRECT passes
 by this machine's page cache, but under a virtual machine the host has one. So the two files are of
@@ -40,7 +40,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from common import Bar, add_common_options, deepspeed_python, finish, print_rows
+from common import Bar, add_common_options, deepspeed_python, finish, in_turn, print_rows
 from io_peers.fio import Fio, FioError, candidates
 from io_peers.huge_pages import reserved_huge_pages
 from io_peers.measurement import MIB, WORKLOADS, Measurement
@@ -182,8 +182,7 @@ def compare(
     trials = [m for c in contestants for m in choose(c, workload, options.seconds / 4)]
     rounds: list[dict[str, Any]] = []
     for number in range(options.rounds):
-        first = number % len(contestants)
-        for contestant in [*contestants[first:], *contestants[:first]]:
+        for contestant in in_turn(contestants, number):
             contestant.found.append(
                 contestant.measure(workload, options.seconds, contestant.chosen)
             )

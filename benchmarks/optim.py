@@ -8,8 +8,8 @@ update in memory. The peers are torch's AdamW with its state in a mapped file un
 and DeepSpeed's ZeRO-3 with the optimizer on NVMe, without a cap.
 
 All contestants update the same parameters of a GPT, in processes of their own on the same number of
-threads, and take turns in an order that rotates. In memory each round has new processes, since it
-matters where their memory lies.
+threads, and take turns in orders in which nobody always follows the same one. In memory each round
+has new processes, since it matters where their memory lies.
 
     python benchmarks/optim.py                       # 100M parameters, about 6 minutes
     python benchmarks/optim.py --only disk --swap-dir /mnt/nvme

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from common import Bar, deepspeed_python
+from common import Bar, deepspeed_python, in_turn
 from worker import Json, Worker
 
 Turn = Callable[[], Json]
@@ -85,10 +85,9 @@ class Field(ExitStack):
 
 
 def take_turns(contestants: Sequence[Contestant], rounds: int) -> None:
-    """Has everyone measured `rounds` times, in an order that rotates."""
+    """Has everyone measured `rounds` times, in the order of in_turn()."""
     for number in range(rounds):
-        first = number % len(contestants)
-        for contestant in [*contestants[first:], *contestants[:first]]:
+        for contestant in in_turn(contestants, number):
             contestant.found.append(contestant.turn())
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from common import Bar, print_rows
+from common import Bar, in_turn, print_rows
 from worker import Json, Worker
 
 from optim_peers.bandwidth import HUGE_PAGES
@@ -133,10 +133,9 @@ def _start(field: Field) -> tuple[list[_Entrant], list[_Entrant], list[_Entrant]
     return ours, peers, limits
 
 
-def _take_a_turn(entrants: Sequence[_Entrant], first: int) -> None:
-    """Has everyone measured once, entrant `first` first, and ends them."""
-    first %= len(entrants)
-    take_turns([*entrants[first:], *entrants[:first]], 1)
+def _take_a_turn(entrants: Sequence[_Entrant], number: int) -> None:
+    """Has everyone measured once, in the order of round `number`, and ends them."""
+    take_turns(in_turn(entrants, number), 1)
     for entrant in entrants:
         entrant.worker.close()
 
