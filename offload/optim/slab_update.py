@@ -13,6 +13,9 @@ from offload.tiers.state_slabs import operand
 def update_slabs(updates: Sequence[Update], seed: int) -> None:
     """Take one step for each of `updates`, whose states are SlabStates of one home.
 
+    Those with state on disk are handed over first, so that the disk begins with the step and the
+    others fill the time in which threads wait for it.
+
     Raises:
         OffloadError: the disk failed; parameters that were not reached are unchanged.
     """
@@ -21,6 +24,7 @@ def update_slabs(updates: Sequence[Update], seed: int) -> None:
     home = _slabs(updates[0].kept).run.home
     with home.lock:
         pending = [(u, Operands.of(u)) for u in updates if u.kept.param.numel()]
+        pending.sort(key=lambda one: _in_memory(one[0]))
         transfers = []
         for update, operands in pending:
             layout = update.layout
@@ -49,6 +53,10 @@ def update_slabs(updates: Sequence[Update], seed: int) -> None:
                 else:
                     home.mover.mark_on_disk(slab)
             operands.publish()
+
+
+def _in_memory(update: Update) -> bool:
+    return all(slab.lease is not None for slab in _slabs(update.kept).run.of(update.layout))
 
 
 def _slabs(kept: ParamState) -> SlabState:
