@@ -180,7 +180,7 @@ def choose(contestant: Contestant, workload: str, seconds: float) -> list[Measur
 
 
 def even_out(workload: str, contestants: Sequence[Contestant], seconds: float, size: int) -> None:
-    """Moves each of the two files through once more, in slices that take turns; nothing is kept.
+    """Has the first two, who use a file each, move it through once more in turns; nothing is kept.
 
     The trials of the peers' settings went through their file several times, and a host keeps what
     was moved last. Without this the store's rounds would be as slow as its file is cold there.

@@ -25,8 +25,8 @@ std::size_t prefetch_distance() {
 }
 
 // On a Zen 4 core a division of sixteen numbers takes the pipes that multiply for two cycles, an
-// estimate and its refinement for six. On a Sapphire Rapids core the divider, which also takes the
-// roots, would be what all else waits for.
+// estimate and its refinement for six. Intel's dividers take longer for sixteen numbers, and the
+// roots go through them too; which way is faster there was not measured since both exist.
 bool is_divider_better(float eps) {
   return cpu_features().amd || !(eps >= 0x1p-60f && eps <= 0x1p60f);
 }
