@@ -14,13 +14,14 @@
 //  4. prepare() and complete() run on an engine thread, without any engine lock held. They must
 //     not block on other I/O of the same engine, nor call close(); they may call submit().
 //     complete() may destroy the request. When prepare() fails, the request completes with its
-//     Status and no byte moves.
+//     Status and no byte moves. An engine may prepare one request while it waits for a place; it
+//     can then still be cancelled or closed, or be overtaken.
 //  5. Order: see io_scheduler.h. Demand requests that wait for a place overtake background ones;
 //     within a priority (and, in phases, a direction) requests start in the order in which they
 //     were submitted. They complete in any order.
 //  6. close() refuses new requests, waits for those in flight, and completes queued ones that were
-//     never started with kClosed (prepare() is not called for these). It is idempotent and
-//     thread-safe; the destructor calls it. Called on an engine thread it is refused (kInvalid).
+//     never started with kClosed. It is idempotent and thread-safe; the destructor calls it.
+//     Called on an engine thread it is refused (kInvalid).
 //     A request whose `cancel` was set by the time it would start completes with kCancelled; one
 //     in flight runs to its end.
 //  7. A failure of the engine itself (not of one request) is sticky: it ends every request that is

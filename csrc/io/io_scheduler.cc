@@ -85,6 +85,11 @@ IoRequest* IoScheduler::next() {
   return request;
 }
 
+IoRequest* IoScheduler::upcoming() {
+  const Choice choice = choose();
+  return list(choice.priority, choice.op).front();
+}
+
 void IoScheduler::finished(const IoRequest& request) {
   --in_flight_[static_cast<int>(request.op)];
 }

@@ -43,6 +43,7 @@ class IoScheduler {
   bool can_start() const;                   // next() would return a request
   void push(IoRequest* request);            // also forgets the progress of an earlier use
   IoRequest* next();                        // to be started now; null when none may be
+  IoRequest* upcoming();                    // likely next; it stays. Null when none waits
   void finished(const IoRequest& request);  // one that next() returned
   IoRequest* cancel_one();                  // any that waits, never to be started; null when none
 

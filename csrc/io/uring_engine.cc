@@ -2,15 +2,18 @@
 //  1. start: while fewer than queue_depth requests are in flight, take the next from the queue,
 //     hand the kernel what is ready (so that the disk works during prepare()), prepare it, and
 //     write its ring entry. Requests to continue or retry come first and keep their place.
-//  2. enter the kernel: submit and wait for a completion. A read of an eventfd is always armed in
+//  2. prepare the one that is next to start, if there is one that must wait for a place: when there
+//     is a place the disk may be idle.
+//  3. enter the kernel: submit and wait for a completion. A read of an eventfd is always armed in
 //     the ring; submit() writes to it when the engine sleeps with places free.
-//  3. reap every completion into its request; finished ones leave their place.
-//  4. start and submit requests in the places of all that finished, and only then complete() these,
-//     so that the disk works during complete().
-//  5. close: queued requests are cancelled, the loop ends when nothing is in flight and the eventfd
+//  4. reap every completion into its request; finished ones leave their place.
+//  5. start and submit requests in the places of all that finished, and only then complete() these,
+//     one after the other, and after each start and submit what was queued meanwhile: the disk
+//     works during complete(), and a buffer that was given back is soon in use again.
+//  6. close: queued requests are cancelled, the loop ends when nothing is in flight and the eventfd
 //     read, which close() woke, has completed. The kernel then holds no buffer of ours.
-//  6. failure of io_uring_enter itself: see fail_all().
-//  7. around a fork() of the process: registered memory is unpinned (a child would otherwise get a
+//  7. failure of io_uring_enter itself: see fail_all().
+//  8. around a fork() of the process: registered memory is unpinned (a child would otherwise get a
 //     copy of it all), and registered again as it is used once the child is made.
 #include "io/uring_engine.h"
 
@@ -19,7 +22,6 @@
 #include <algorithm>
 #include <cerrno>
 #include <chrono>
-#include <condition_variable>
 #include <cstddef>
 #include <cstdint>
 #include <mutex>
@@ -28,10 +30,10 @@
 #include <utility>
 #include <vector>
 
+#include "io/engine_inbox.h"
 #include "io/io_scheduler.h"
 #include "io/request_progress.h"
 #include "io/ring.h"
-#include "io/wake_event.h"
 #include "sys/at_fork.h"
 #include "sys/engine_thread.h"
 #include "sys/syscall_hooks.h"
@@ -51,8 +53,8 @@ class UringEngine final : public IoEngine {
   explicit UringEngine(const IoEngineOptions& options)
       : queue_depth_(options.queue_depth),
         files_(options.files),
-        scheduler_(options.phase_bytes),
-        around_fork_([this] { unpin_memory(); }, [this] { allow_pinning(); }) {}
+        inbox_(options.phase_bytes),
+        around_fork_([this] { inbox_.unpin_memory(); }, [this] { inbox_.allow_pinning(); }) {}
 
   ~UringEngine() override {
     // The owner that wants to know has called close().
@@ -62,42 +64,26 @@ class UringEngine final : public IoEngine {
   // Returns when the engine thread has its ring, or could not get one.
   Status start() {
     OFFLOAD_RETURN_IF_ERROR(AroundFork::installed());
-    OFFLOAD_RETURN_IF_ERROR(wake_.open());
+    OFFLOAD_RETURN_IF_ERROR(inbox_.open());
     finished_.reserve(queue_depth_);
     Result<EngineThread> thread = EngineThread::start("offload-uring", [this] { thread_main(); });
     if (!thread.is_ok()) return thread.status();
     thread_ = thread.take();
-    std::unique_lock lock(mutex_);
-    started_cv_.wait(lock, [this] { return started_; });
-    return start_status_;
+    return inbox_.wait_for_start();
   }
 
   const char* name() const override { return "io_uring"; }
 
-  std::string describe() const override {
-    std::lock_guard lock(mutex_);
-    return description_;
-  }
+  std::string describe() const override { return description_; }
 
   Status submit(std::span<IoRequest* const> requests) override {
     OFFLOAD_RETURN_IF_ERROR(validate_requests(requests));
     if (!owner_.is_current()) return forked_error("submit");
-    std::lock_guard lock(mutex_);
-    if (!sticky_.is_ok()) return sticky_;
-    if (closing_) return Status::error(Code::kClosed, "submit: the I/O engine is closed");
-    if (sleeping_ && !requests.empty()) {
-      // Before the requests are queued: a failed submit() must leave none behind.
-      OFFLOAD_RETURN_IF_ERROR(wake_.signal());
-      sleeping_ = false;
-    }
-    for (IoRequest* request : requests) scheduler_.push(request);
-    return Status::ok();
+    return inbox_.submit(requests);
   }
 
   void add_memory(MemoryRegion region) override {
-    if (!owner_.is_current()) return;
-    std::lock_guard lock(mutex_);
-    if (!closing_) new_regions_.push_back(std::move(region));
+    if (owner_.is_current()) inbox_.add_memory(std::move(region));
   }
 
   Status close() override {
@@ -107,22 +93,16 @@ class UringEngine final : public IoEngine {
     }
     std::call_once(joined_, [this] {
       if (!thread_.joinable()) return;
-      {
-        std::lock_guard lock(mutex_);
-        closing_ = true;
-        const Status woken = wake_.signal();
-        if (sticky_.is_ok()) sticky_ = woken;
-      }
+      inbox_.close();
       thread_.join();
     });
-    std::lock_guard lock(mutex_);
-    return sticky_;
+    return inbox_.error();
   }
 
   IoCounters counters() const override { return meter_.snapshot(); }
 
  private:
-  struct Finished {
+  struct Outcome {
     IoRequest* request;
     Status status;
   };
@@ -137,66 +117,25 @@ class UringEngine final : public IoEngine {
       static_cast<void>(ring_.enter(0));  // error() keeps a failure
       opened = ring_.error();
     }
-    {
-      std::lock_guard lock(mutex_);
-      started_ = true;
-      running_ = opened.is_ok();
-      start_status_ = sticky_ = opened;
-      if (running_) description_ = ring_.describe();
-    }
-    started_cv_.notify_all();
+    if (opened.is_ok()) description_ = ring_.describe();
+    inbox_.started(opened);
     if (opened.is_ok()) run();
-    {
-      std::lock_guard lock(mutex_);
-      running_ = false;
-    }
-    unpinned_cv_.notify_all();
+    inbox_.ended();
     ring_.close();
-  }
-
-  // In the thread that forks.
-  void unpin_memory() {
-    std::unique_lock lock(mutex_);
-    forking_ = true;
-    if (!running_) return;
-    unpin_ = true;
-    // A failure is out of reach; a child would then have a copy, which is right but large.
-    if (!wake_.signal().is_ok()) return;
-    unpinned_cv_.wait(lock, [this] { return !unpin_ || !running_; });
-  }
-
-  // Likewise, when the child is made.
-  void allow_pinning() {
-    std::lock_guard lock(mutex_);
-    forking_ = false;
-  }
-
-  void take_orders() {
-    std::lock_guard lock(mutex_);
-    for (MemoryRegion& region : new_regions_) ring_.memory().add(std::move(region));
-    new_regions_.clear();
-    ring_.memory().hold(forking_);
-    if (unpin_) {
-      ring_.memory().drop_chunks();
-      unpin_ = false;
-      unpinned_cv_.notify_all();
-    }
   }
 
   void run() {
     for (;;) {
-      take_orders();
+      inbox_.take_orders(ring_.memory());
       cancel_if_closing();
       arm_wake();
       start_all();
+      prepare_ahead();
       if (!ring_.error().is_ok()) return fail_all();
-      if (stopping_ && in_flight_ == 0 && !wake_.is_armed()) return;
+      if (stopping_ && in_flight_ == 0 && !inbox_.wake().is_armed()) return;
       const unsigned wait_for = may_sleep() ? 1 : 0;
       const bool entered = ring_.enter(wait_for);
-      {
-        std::lock_guard lock(mutex_);
-        sleeping_ = false;
-      }
+      inbox_.woke();
       const bool reaped = reap();
       if (!entered && !reaped) std::this_thread::sleep_for(kRetryPause);
       complete_finished();
@@ -204,23 +143,15 @@ class UringEngine final : public IoEngine {
   }
 
   void cancel_if_closing() {
-    {
-      std::lock_guard lock(mutex_);
-      if (!closing_) return;
-      stopping_ = true;
-    }
+    if (!inbox_.is_closing()) return;
+    stopping_ = true;
     cancel_queued(closed_error());
   }
 
   // Nothing can be queued any more: the caller made submit() refuse.
   void cancel_queued(const Status& status) {
-    for (;;) {
-      IoRequest* request = nullptr;
-      {
-        std::lock_guard lock(mutex_);
-        request = scheduler_.cancel_one();
-      }
-      if (request == nullptr) return;
+    while (IoRequest* request = inbox_.cancel_one()) {
+      if (request == ahead_.request) ahead_.request = nullptr;
       request->complete(status);
     }
   }
@@ -228,16 +159,12 @@ class UringEngine final : public IoEngine {
   // False when there is work that needs no completion; else tells submit() to wake the engine.
   bool may_sleep() {
     if (!resume_.empty() || !finished_.empty()) return false;
-    if (!wake_.is_armed()) return in_flight_ > 0;
-    std::lock_guard lock(mutex_);
-    const bool has_place = in_flight_ < queue_depth_;
-    if (unpin_ || closing_ != stopping_ || (has_place && scheduler_.can_start())) return false;
-    sleeping_ = has_place;
-    return true;
+    if (!inbox_.wake().is_armed()) return in_flight_ > 0;
+    return inbox_.may_sleep(in_flight_ < queue_depth_, stopping_);
   }
 
   void arm_wake() {
-    if (!stopping_) wake_.arm(ring_);
+    if (!stopping_) inbox_.wake().arm(ring_);
   }
 
   void start_all() {
@@ -251,22 +178,38 @@ class UringEngine final : public IoEngine {
   // Takes one request from the queue to a ring entry, if one may start and there is a place for it.
   bool start_one() {
     if (in_flight_ >= queue_depth_ || !resume_.empty()) return false;
-    IoRequest* request = nullptr;
-    {
-      std::lock_guard lock(mutex_);
-      if (closing_) return false;
-      request = scheduler_.next();
-    }
+    IoRequest* request = inbox_.next();
     if (request == nullptr) return false;
-    if (ring_.has_unsubmitted()) static_cast<void>(ring_.enter(0));  // error() keeps a failure
     ++in_flight_;
-    Status prepared = is_cancelled(*request) ? cancelled_error(*request) : request->prepare();
+    Status prepared = is_cancelled(*request) ? cancelled_error(*request) : prepare(request);
+    if (ahead_.request == request) ahead_.request = nullptr;
     if (!prepared.is_ok()) {
       leave(request, std::move(prepared));
       return true;
     }
     meter_.started();
     return write_entry(request);
+  }
+
+  Status prepare(IoRequest* request) {
+    if (ahead_.request == request) return std::move(ahead_.status);
+    submit_entries();
+    return request->prepare();
+  }
+
+  // Only this thread takes requests from the queue, so the one it looks at stays there.
+  void prepare_ahead() {
+    if (!ring_.error().is_ok() || ahead_.request != nullptr || !resume_.empty()) return;
+    IoRequest* request = inbox_.upcoming();
+    if (request == nullptr || is_cancelled(*request)) return;
+    Status prepared = prepare(request);
+    ahead_ = {request, std::move(prepared)};
+  }
+
+  // Hands the kernel what is ready.
+  void submit_entries() {
+    // error() keeps a failure.
+    if (ring_.error().is_ok() && ring_.has_unsubmitted()) static_cast<void>(ring_.enter(0));
   }
 
   // Into the ring, or into the list of those that wait for a free entry: false.
@@ -280,7 +223,8 @@ class UringEngine final : public IoEngine {
   bool reap() {
     return ring_.reap([this](IoRequest* request, int result) {
       if (request != nullptr) return take_result(request, result);
-      if (Status status = wake_.took(result); !status.is_ok()) ring_.fail(std::move(status));
+      if (Status status = inbox_.wake().took(result); !status.is_ok())
+        ring_.fail(std::move(status));
     });
   }
 
@@ -305,20 +249,26 @@ class UringEngine final : public IoEngine {
   // Gives the request's place up.
   void leave(IoRequest* request, Status status) {
     --in_flight_;
-    {
-      std::lock_guard lock(mutex_);
-      scheduler_.finished(*request);
-    }
+    inbox_.finished(*request);
     finished_.push_back({request, std::move(status)});
   }
 
   void complete_finished() {
     // Every free place first: complete() may take its time, over the bytes that were read.
+    start_and_submit();
+    // What start_one() finds cancelled, or cannot prepare, makes the list longer.
+    for (std::size_t i = 0; i < finished_.size(); ++i) {
+      IoRequest* request = finished_[i].request;
+      request->complete(std::move(finished_[i].status));
+      start_and_submit();
+    }
+    finished_.clear();
+  }
+
+  void start_and_submit() {
     while (ring_.error().is_ok() && start_one()) {
     }
-    if (ring_.error().is_ok() && ring_.has_unsubmitted()) static_cast<void>(ring_.enter(0));
-    for (Finished& finished : finished_) finished.request->complete(std::move(finished.status));
-    finished_.clear();
+    submit_entries();
   }
 
   // The ring cannot be entered any more:
@@ -327,10 +277,7 @@ class UringEngine final : public IoEngine {
   //  3. for those it has, poll: their buffers are in use until the completion is there. The pause
   //     lets the kernel post it.
   void fail_all() {
-    {
-      std::lock_guard lock(mutex_);
-      sticky_ = ring_.error();
-    }
+    inbox_.fail(ring_.error());
     cancel_queued(ring_.error());
     for (IoRequest* request : ring_.take_unsubmitted()) finish(request, ring_.error());
     for (;;) {
@@ -344,33 +291,19 @@ class UringEngine final : public IoEngine {
   const OwnerProcess owner_;
   const unsigned queue_depth_;
   const std::vector<int> files_;
-  WakeEvent wake_;
+  EngineInbox inbox_;
   EngineThread thread_;
   std::once_flag joined_;
   IoMeter meter_;
+  std::string description_;  // unchanged once started
 
   // Of the engine thread.
   Ring ring_;
   bool stopping_ = false;  // closing_ was seen and the queue cancelled
   unsigned in_flight_ = 0;
   RequestList resume_;  // to continue or retry
-  std::vector<Finished> finished_;
-
-  mutable std::mutex mutex_;
-  std::condition_variable started_cv_;
-  ForkSafeCondition unpinned_cv_;
-  // Guarded by mutex_.
-  bool started_ = false;
-  Status start_status_;
-  bool closing_ = false;
-  bool sleeping_ = false;  // the engine has a free place and waits in the kernel
-  IoScheduler scheduler_;
-  std::vector<MemoryRegion> new_regions_;  // not yet taken by the engine thread
-  bool running_ = false;                   // the engine thread takes orders
-  bool unpin_ = false;                     // an order: a fork waits
-  bool forking_ = false;                   // from before a fork until after it
-  std::string description_;
-  Status sticky_;
+  Outcome ahead_ = {};  // a request that is queued and was prepared already, and how that ended
+  std::vector<Outcome> finished_;
 
   const AroundFork around_fork_;  // last made, first to go
 };

@@ -170,9 +170,9 @@ class SwapStore {
   std::uint64_t bounce_bytes() const;
   static std::uint64_t bounce_bytes_for(std::uint64_t dirs, std::uint64_t queue_depth,
                                         std::uint64_t block_bytes) {
-    // An engine has at most queue_depth requests in flight, and as many that have finished and are
-    // still to be completed.
-    return dirs * 2 * queue_depth * block_bytes;
+    // An engine has at most queue_depth requests in flight, as many that have finished and are
+    // still to be completed, and one that it prepared ahead.
+    return dirs * (2 * queue_depth + 1) * block_bytes;
   }
 
   // Lets transfers in flight end and cancels those that were not started (kClosed), then closes the

@@ -114,8 +114,11 @@ TEST_CASE("IoScheduler loses, repeats and mixes nothing under random use") {
       }
       if (in_flight.size() < 8) {
         const bool could = scheduler.can_start();
+        IoRequest* upcoming = scheduler.upcoming();
+        REQUIRE(scheduler.empty() == (upcoming == nullptr));
         IoRequest* request = scheduler.next();
         REQUIRE(could == (request != nullptr));
+        REQUIRE((request == nullptr || request == upcoming));
         if (request != nullptr) {
           ++started;
           for (const IoRequest* other : in_flight) mixed += other->op != request->op ? 1 : 0;
