@@ -1,11 +1,11 @@
 """The swap store under load: reads, writes, and the optimizer pipeline's mix of both.
 
-Objects of equal size fill the store; four of them are a unit: parameters, gradients, two moments.
-Transfers go through whole objects in turn, LEASES of them in flight, through as many buffers of an
-object's size: reads, writes, or the mix, which is the four reads and three writes of unit after
-unit. With "update", the mix is what it is for: a real optimizer update of each unit by the
-pipeline, in chunks of a block, which waits for arithmetic too. A measurement goes on where the last
-one ended.
+Objects of a block fill the store; four of them are a unit: parameters, gradients, two moments.
+Transfers go through whole objects in turn, one for each buffer at a time: as many as the queue is
+deep are in flight, the others wait behind them. They are reads, writes, or the mix, which is the
+four reads and three writes of unit after unit. With "update", the mix is what it is for: a real
+optimizer update of each unit by the pipeline, which waits for arithmetic too. A measurement goes on
+where the last one ended.
 
 The peers get a second store's file, filled likewise, so that what they write is nobody's objects.
 """
@@ -27,8 +27,7 @@ from io_peers.measurement import MIB, Measurement, Meter, Progress
 from offload import _native
 from offload.optim.aten_rounding import aten_rounding
 
-LEASES = 6
-JOBS = 4
+JOBS = 16
 STAGING_BLOCKS = 32
 Start = Callable[[_native.Lease, int], _native.Transfer]
 
@@ -46,12 +45,12 @@ class StoreLoad:
         self.store = open_store(folder)
         if self.store.in_memory or not self.store.direct:
             raise SystemExit(f"{folder}: no O_DIRECT there: {self.store.note}")
-        self.nbytes = buffers // LEASES
-        staging = STAGING_BLOCKS * self.store.block_bytes
-        self.arena = _native.HostArena(LEASES * self.nbytes + staging + MIB)
+        self.nbytes = self.store.block_bytes
+        staging = STAGING_BLOCKS * self.nbytes
+        self.arena = _native.HostArena(buffers + staging + MIB)
         self.store.add_memory(self.arena)
-        self.leases = [self.arena.allocate(self.nbytes) for _ in range(LEASES)]
-        self.spare = max(LEASES * self.store.footprint(self.nbytes), staging)
+        self.leases = [self.arena.allocate(self.nbytes) for _ in range(buffers // self.nbytes)]
+        self.spare = max(buffers, staging)
         self.pipeline = _native.UpdatePipeline(self.store, self.arena, staging, 1)
         generator = torch.Generator().manual_seed(0)
         for lease in self.leases:
@@ -68,7 +67,7 @@ class StoreLoad:
         self._unit = itertools.cycle(range(0, len(self.objects), 4))
         # In turns, so that a host still has as much of the one file as of the other.
         for number, (item, other) in enumerate(zip(self.objects, others, strict=True)):
-            lease = self.leases[number % LEASES]
+            lease = self.leases[number % len(self.leases)]
             self.store.write(item, lease, self.nbytes).wait()
             self.peers_store.write(other, lease, self.nbytes).wait()
 

@@ -28,22 +28,24 @@ std::uint32_t portable_register(const unsigned char* data, std::size_t nbytes, s
 }
 
 struct Path {
-  RegisterFn run;
+  RegisterFn keep;  // by CacheUse
+  RegisterFn pass;
   const char* name;
 };
 
 Path choose_path() {
 #if defined(__x86_64__)
   if (cpu_features().vpclmul && cpu_features().sse42 && cpu_features().pclmul) {
-    return {crc32c_internal::crc32c_vpclmul, "vpclmulqdq"};
+    return {crc32c_internal::crc32c_vpclmul, crc32c_internal::crc32c_vpclmul_pass, "vpclmulqdq"};
   }
   if (cpu_features().sse42 && cpu_features().pclmul) {  // both: the file is compiled for both
-    return {crc32c_internal::crc32c_sse42, "sse4.2"};
+    return {crc32c_internal::crc32c_sse42, crc32c_internal::crc32c_sse42, "sse4.2"};
   }
 #elif defined(__aarch64__)
-  if (cpu_features().arm_crc32) return {crc32c_internal::crc32c_armcrc, "armv8-crc"};
+  if (cpu_features().arm_crc32)
+    return {crc32c_internal::crc32c_armcrc, crc32c_internal::crc32c_armcrc, "armv8-crc"};
 #endif
-  return {portable_register, "portable"};
+  return {portable_register, portable_register, "portable"};
 }
 
 const Path& path() {
@@ -53,8 +55,9 @@ const Path& path() {
 
 }  // namespace
 
-std::uint32_t crc32c(const void* data, std::size_t nbytes, std::uint32_t seed) {
-  return ~path().run(static_cast<const unsigned char*>(data), nbytes, ~seed);
+std::uint32_t crc32c(const void* data, std::size_t nbytes, std::uint32_t seed, CacheUse use) {
+  const RegisterFn run = use == CacheUse::kPass ? path().pass : path().keep;
+  return ~run(static_cast<const unsigned char*>(data), nbytes, ~seed);
 }
 
 std::uint32_t crc32c_portable(const void* data, std::size_t nbytes, std::uint32_t seed) {

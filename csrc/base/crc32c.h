@@ -10,8 +10,13 @@
 
 namespace offload {
 
+// What is to become of the data in the caches of the core that reads it: it is used again soon, or
+// not before much else was. A hint; the value is the same.
+enum class CacheUse { kKeep, kPass };
+
 // The CRC32C of `nbytes` at `data`, by the fastest path that this CPU has.
-[[nodiscard]] std::uint32_t crc32c(const void* data, std::size_t nbytes, std::uint32_t seed = 0);
+[[nodiscard]] std::uint32_t crc32c(const void* data, std::size_t nbytes, std::uint32_t seed = 0,
+                                   CacheUse use = CacheUse::kKeep);
 
 // The same value by tables alone: the reference for tests, and the path of CPUs without a CRC
 // instruction.

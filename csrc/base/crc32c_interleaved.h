@@ -23,6 +23,7 @@ inline constexpr ShiftTable kShortShift = make_shift_table(kShortBlock);
 // Registers in, registers out: no inversion. Defined only for their own architecture.
 std::uint32_t crc32c_sse42(const unsigned char* data, std::size_t nbytes, std::uint32_t crc);
 std::uint32_t crc32c_vpclmul(const unsigned char* data, std::size_t nbytes, std::uint32_t crc);
+std::uint32_t crc32c_vpclmul_pass(const unsigned char* data, std::size_t nbytes, std::uint32_t crc);
 std::uint32_t crc32c_armcrc(const unsigned char* data, std::size_t nbytes, std::uint32_t crc);
 
 // `Step` has `static std::uint32_t word(std::uint32_t crc, std::uint64_t)` and `byte(crc, uint8)`.

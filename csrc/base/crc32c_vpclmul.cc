@@ -26,9 +26,12 @@ constexpr std::uint64_t fold_constant(unsigned bits) {
 constexpr std::uint64_t kFoldLow = fold_constant(8 * kStride + 32);
 constexpr std::uint64_t kFoldHigh = fold_constant(8 * kStride - 32);
 
-}  // namespace
+// As __builtin_prefetch has it: into all levels, or past them ("non-temporal").
+constexpr int kAllCaches = 3;
+constexpr int kNonTemporal = 0;
 
-std::uint32_t crc32c_vpclmul(const unsigned char* data, std::size_t nbytes, std::uint32_t crc) {
+template <int kLocality>
+std::uint32_t fold(const unsigned char* data, std::size_t nbytes, std::uint32_t crc) {
   if (nbytes < 2 * kStride) return crc32c_sse42(data, nbytes, crc);
   constexpr auto kLow = static_cast<long long>(kFoldLow);
   constexpr auto kHigh = static_cast<long long>(kFoldHigh);
@@ -43,7 +46,8 @@ std::uint32_t crc32c_vpclmul(const unsigned char* data, std::size_t nbytes, std:
     for (std::size_t k = 0; k < 4; ++k) {
       // The address may lie past the end of the data: it is a hint and is not dereferenced.
       __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<std::uintptr_t>(data) +
-                                                       kPrefetch + k * kRegister));
+                                                       kPrefetch + k * kRegister),
+                         0, kLocality);
       const __m512i low = _mm512_clmulepi64_epi128(folded[k], factor, 0x00);
       const __m512i high = _mm512_clmulepi64_epi128(folded[k], factor, 0x11);
       const __m512i next = _mm512_loadu_si512(data + k * kRegister);
@@ -53,6 +57,17 @@ std::uint32_t crc32c_vpclmul(const unsigned char* data, std::size_t nbytes, std:
   alignas(kRegister) unsigned char rest[kStride];
   for (std::size_t k = 0; k < 4; ++k) _mm512_store_si512(rest + k * kRegister, folded[k]);
   return crc32c_sse42(data, nbytes, crc32c_sse42(rest, kStride, 0));
+}
+
+}  // namespace
+
+std::uint32_t crc32c_vpclmul(const unsigned char* data, std::size_t nbytes, std::uint32_t crc) {
+  return fold<kAllCaches>(data, nbytes, crc);
+}
+
+std::uint32_t crc32c_vpclmul_pass(const unsigned char* data, std::size_t nbytes,
+                                  std::uint32_t crc) {
+  return fold<kNonTemporal>(data, nbytes, crc);
 }
 
 }  // namespace offload::crc32c_internal

@@ -40,6 +40,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include "base/crc32c.h"
 #include "base/status.h"
 #include "io/io_engine.h"
 #include "io/probe.h"
@@ -135,13 +136,14 @@ class SwapStore {
     void* context;
   };
   // Start a transfer; when they fail, nothing was started and nothing is called.
-  // write() only reads the ranges' buffers. Once `cancel` (which must outlive the transfer) is
-  // true, blocks that were not started yet no longer are, and the transfer ends with kCancelled.
+  // write() only reads the ranges' buffers. read() verifies what it read; with kKeep the caller
+  // works on it at once. Once `cancel` (which must outlive the transfer) is true, blocks that were
+  // not started yet no longer are, and the transfer ends with kCancelled.
   Status write(std::span<const Range> ranges, IoPriority priority, Completion done,
                const std::atomic<bool>* cancel = nullptr,
                BlockDone block_done = {nullptr, nullptr});
   Status read(std::span<const Range> ranges, IoPriority priority, Completion done,
-              const std::atomic<bool>* cancel = nullptr);
+              const std::atomic<bool>* cancel = nullptr, CacheUse use = CacheUse::kPass);
 
   // Names memory that transfers will often use; see IoEngine::add_memory.
   void add_memory(const MemoryRegion& region);
@@ -217,7 +219,7 @@ class SwapStore {
 
   Status usable() const;  // REQUIRES: mutex_ held
   Status start(std::span<const Range> ranges, IoOp op, IoPriority priority, Completion done,
-               const std::atomic<bool>* cancel, BlockDone block_done);
+               const std::atomic<bool>* cancel, BlockDone block_done, CacheUse use);
   Status check(const Range& range, IoOp op) const;       // REQUIRES: mutex_ held
   Status check_disjoint(std::span<const Range> ranges);  // likewise
   std::unique_ptr<Group> take_group();                   // likewise

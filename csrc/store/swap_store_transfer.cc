@@ -37,7 +37,7 @@ void SwapStore::BlockRequest::complete(Status status) {
   } else if (status.is_ok()) {
     if (store.cipher_ != nullptr)
       status = store.cipher_->decrypt(0, place.nonce, data, data, nbytes);
-    if (status.is_ok() && crc32c(data, nbytes) != place.crc) {
+    if (status.is_ok() && crc32c(data, nbytes, 0, group->use) != place.crc) {
       status = Status::error(Code::kCorrupt,
                              "checksum mismatch in " + std::string(path) + " at offset " +
                                  std::to_string(offset) + " (" + std::to_string(nbytes) +
@@ -48,9 +48,10 @@ void SwapStore::BlockRequest::complete(Status status) {
 }
 
 void SwapStore::Group::begin(SwapStore& owner, IoOp op_, std::size_t blocks, Completion done,
-                             BlockDone block_done) {
+                             BlockDone block_done, CacheUse use_) {
   store = &owner;
   op = op_;
+  use = use_;
   requests.clear();
   requests.reserve(blocks);
   batches.resize(owner.stripes_.count());
@@ -81,16 +82,18 @@ void SwapStore::Group::block_done(std::byte* data, const Status& status) {
 
 Status SwapStore::write(std::span<const Range> ranges, IoPriority priority, Completion done,
                         const std::atomic<bool>* cancel, BlockDone block_done) {
-  return start(ranges, IoOp::kWrite, priority, std::move(done), cancel, block_done);
+  return start(ranges, IoOp::kWrite, priority, std::move(done), cancel, block_done,
+               CacheUse::kKeep);
 }
 
 Status SwapStore::read(std::span<const Range> ranges, IoPriority priority, Completion done,
-                       const std::atomic<bool>* cancel) {
-  return start(ranges, IoOp::kRead, priority, std::move(done), cancel, {});
+                       const std::atomic<bool>* cancel, CacheUse use) {
+  return start(ranges, IoOp::kRead, priority, std::move(done), cancel, {}, use);
 }
 
 Status SwapStore::start(std::span<const Range> ranges, IoOp op, IoPriority priority,
-                        Completion done, const std::atomic<bool>* cancel, BlockDone block_done) {
+                        Completion done, const std::atomic<bool>* cancel, BlockDone block_done,
+                        CacheUse use) {
   if (!owner_.is_current()) return forked_error(op == IoOp::kRead ? "read" : "write");
   std::unique_ptr<Group> group;
   {
@@ -113,7 +116,7 @@ Status SwapStore::start(std::span<const Range> ranges, IoOp op, IoPriority prior
                                std::to_string(stripes_.free_slots() * block_bytes_) + " are free");
     }
     group = take_group();
-    group->begin(*this, op, blocks, std::move(done), block_done);
+    group->begin(*this, op, blocks, std::move(done), block_done, use);
     for (const Range& range : ranges) add_blocks(range, *group);
     for (BlockRequest& request : group->requests) {
       request.priority = priority;

@@ -32,13 +32,15 @@ class SwapStore::BlockRequest final : public IoRequest {
 class SwapStore::Group {
  public:
   // Starts a transfer with room for `blocks` requests, which are added to `requests`.
-  void begin(SwapStore& owner, IoOp op_, std::size_t blocks, Completion done, BlockDone block_done);
+  void begin(SwapStore& owner, IoOp op_, std::size_t blocks, Completion done, BlockDone block_done,
+             CacheUse use_);
   // Engine threads, and submitters; `data` is the caller's buffer of the block. The last block
   // publishes the transfer, calls the completion and hands `this` back to the store.
   void block_done(std::byte* data, const Status& status);
   Completion take_completion() { return std::exchange(done_, nullptr); }
 
   IoOp op = IoOp::kRead;
+  CacheUse use = CacheUse::kPass;
   SwapStore* store = nullptr;
   std::vector<BlockRequest> requests;            // not resized while in flight
   std::vector<std::vector<IoRequest*>> batches;  // by stripe

@@ -49,9 +49,9 @@ void UpdatePipeline::start_reads(Lock& lock) {
   }
   if (reads.empty()) return;
   lock.unlock();
-  const Status started =
-      store_->read(reads, IoPriority::kBackground,
-                   [this, chunk](const Status& status) { read_done(chunk, status); });
+  const Status started = store_->read(
+      reads, IoPriority::kBackground,
+      [this, chunk](const Status& status) { read_done(chunk, status); }, nullptr, CacheUse::kKeep);
   if (!started.is_ok()) read_done(chunk, started);
   lock.lock();
 }

@@ -35,7 +35,10 @@ TEST_CASE("crc32c gives the values of RFC 3720") {
   for (const auto& [at, value] : nonzero) read_command[at] = static_cast<unsigned char>(value);
   const std::string digits = "123456789";
 
-  for (const Crc32c crc : {Crc32c{crc32c}, Crc32c{crc32c_portable}}) {
+  const auto keep = [](const void* data, std::size_t n, std::uint32_t seed) {
+    return crc32c(data, n, seed);
+  };
+  for (const Crc32c crc : {Crc32c{keep}, Crc32c{crc32c_portable}}) {
     CHECK(crc(nullptr, 0, 0) == 0);
     CHECK(crc(digits.data(), digits.size(), 0) == 0xe3069283);
     CHECK(crc(std::vector<unsigned char>(32, 0x00).data(), 32, 0) == 0x8a9136aa);
@@ -50,14 +53,18 @@ TEST_CASE("crc32c equals the portable path at every short size and at random one
   const std::vector<unsigned char> bytes = random_bytes(70000, 1);
   for (std::size_t n = 0; n <= 1600; ++n) {
     REQUIRE(crc32c(bytes.data() + n % 9, n) == crc32c_portable(bytes.data() + n % 9, n));
+    REQUIRE(crc32c(bytes.data() + n % 9, n, 0, CacheUse::kPass) ==
+            crc32c_portable(bytes.data() + n % 9, n));
   }
   std::mt19937 random(2);
   for (int round = 0; round < 300; ++round) {
     const std::size_t offset = random() % 64;
     const std::size_t n = random() % (bytes.size() - 64);
     const std::uint32_t seed = random();
-    REQUIRE(crc32c(bytes.data() + offset, n, seed) ==
-            crc32c_portable(bytes.data() + offset, n, seed));
+    for (const CacheUse use : {CacheUse::kKeep, CacheUse::kPass}) {
+      REQUIRE(crc32c(bytes.data() + offset, n, seed, use) ==
+              crc32c_portable(bytes.data() + offset, n, seed));
+    }
   }
 }
 
