@@ -44,11 +44,14 @@ from typing import Any
 from common import Bar, add_common_options, deepspeed_python, finish, in_turn, print_rows
 from io_peers.fio import Fio, FioError, candidates
 from io_peers.huge_pages import reserved_huge_pages
-from io_peers.measurement import MIB, WORKLOADS, Measurement
+from io_peers.measurement import MIB, RAMP_SECONDS, WORKLOADS, Measurement
 from worker import Worker
 
 LEAST_OF_FIO = 0.97
 FIO_BUFFERS = 64 * MIB
+# A host keeps what was moved last, and moves faster what it has moved before: both files have been
+# gone through this often, by the trials or for nothing, when the rounds of a workload begin.
+LAPS = 3
 DEEPSPEED_TENSORS = (2, 8, 64)  # MiB; twelve of them are its buffers
 NAMES = {"read": "reads", "write": "writes", "mix": "optimizer mix"}
 
@@ -154,6 +157,11 @@ def deepspeed(worker: Worker, quick: bool) -> Contestant:
     return Contestant("deepspeed", settings, measured_by(worker), describe)
 
 
+def with_ramp(measurement: Measurement) -> float:
+    """Bytes of a measurement and of the ramp before it."""
+    return measurement.nbytes * (1 + RAMP_SECONDS / measurement.seconds)
+
+
 def choose(contestant: Contestant, workload: str, seconds: float) -> list[Measurement]:
     """Tries the contestant's settings, twice each, and takes the one that was once the fastest.
 
@@ -179,18 +187,16 @@ def choose(contestant: Contestant, workload: str, seconds: float) -> list[Measur
     return [measurement for measurement, _ in best]
 
 
-def even_out(workload: str, contestants: Sequence[Contestant], seconds: float, size: int) -> None:
-    """Has the first two, who use a file each, move it through once more in turns; nothing is kept.
-
-    The trials of the peers' settings went through their file several times, and a host keeps what
-    was moved last. Without this the store's rounds would be as slow as its file is cold there.
-    """
+def even_out(
+    workload: str, contestants: Sequence[Contestant], seconds: float, least: Sequence[float]
+) -> None:
+    """Has the first two, who use a file each, move `least` bytes of it in turns; none is kept."""
     moved = [0.0, 0.0]
-    while min(moved) < size:
+    while any(done < enough for done, enough in zip(moved, least, strict=True)):
         for number, contestant in enumerate(contestants[:2]):
-            if moved[number] < size:
+            if moved[number] < least[number]:
                 found = contestant.measure(workload, seconds, contestant.chosen)
-                moved[number] += found.nbytes
+                moved[number] += with_ramp(found)
 
 
 def compare(
@@ -200,8 +206,11 @@ def compare(
     contestants = [c for c in contestants if workload in c.settings]
     trials = [m for c in contestants for m in choose(c, workload, options.seconds / 4)]
     of_files = [c for c in contestants if c.name != "offload-adamw"]
-    if len(of_files) > 1 and not options.quick:
-        even_out(workload, of_files, options.seconds, options.size * MIB)
+    if not options.quick:
+        # All trials were the peers', on their file.
+        enough = LAPS * options.size * MIB
+        least = (enough, enough - sum(with_ramp(trial) for trial in trials))
+        even_out(workload, of_files, options.seconds, least)
     rounds: list[dict[str, Any]] = []
     for number in range(options.rounds):
         for contestant in in_turn(contestants, number):
