@@ -11,7 +11,7 @@ namespace offload {
 Status SwapStore::BlockRequest::prepare() {
   SwapStore& store = *group->store;
   if (op == IoOp::kRead) return Status::ok();
-  place.crc = crc32c(data, nbytes);
+  place.crc = crc32c(data, nbytes, 0, CacheUse::kPass);
   if (store.cipher_ == nullptr) return Status::ok();
   std::byte* copy = store.bounce_->take();
   if (copy == nullptr) {
