@@ -1,15 +1,20 @@
 """The swap store against fio and DeepSpeed's async_io: bytes per second and CPU time per byte.
 
 Reads, writes and the optimizer pipeline's mix of both, all O_DIRECT, taking turns in orders in
-which nobody always follows the same one: the store on its own unnamed file, the peers on that of
-another store. The mix is four reads for three writes; beside it, without a bar, is the pipeline
-itself, which updates what it moves. fio runs at the store's block size and depth (1 MiB, 16), with
-the engine and buffers that trials before each comparison found fastest; the settings of DeepSpeed's
-handle and the size of its tensors are chosen likewise.
+which nobody always follows the same one. The mix is four reads for three writes; beside it, without
+a bar, is the pipeline itself, which updates what it moves. fio runs at the store's block size and
+depth (1 MiB, 16), with the engine and buffers that trials before each comparison found fastest; the
+settings of DeepSpeed's handle and the size of its tensors are chosen likewise.
+
+All share one file, the store's own, and in a round they all start at the same place in it: a disk
+is not equally fast everywhere (fio on a virtual one: 2816 MB/s in the first eighth of a file, 3204
+in another, again and again; another file as a whole, 0.957). What a peer writes there is what the
+store knows to be there: its checksums hold, and are compared. Only the pipeline, which changes
+bytes, has a file of its own.
 
 What is to be measured is a disk, which training state is larger than any cache of: O_DIRECT passes
-by this machine's page cache, but under a virtual machine the host has one. So the two files are of
-16 GiB each, and every measurement goes on where its contestant's last one ended.
+by this machine's page cache, but under a virtual machine the host has one. So the file is of
+16 GiB, and a round goes on where the last one ended.
 
 How fast a disk is can depend on how much memory the transfers rotate over: under a virtual machine
 the host copies, and what was used a moment ago is in its cache. fio's buffers are depth x block,
@@ -44,13 +49,13 @@ from typing import Any
 from common import Bar, add_common_options, deepspeed_python, finish, in_turn, print_rows
 from io_peers.fio import Fio, FioError, candidates
 from io_peers.huge_pages import reserved_huge_pages
-from io_peers.measurement import MIB, RAMP_SECONDS, WORKLOADS, Measurement
+from io_peers.measurement import MIB, WORKLOADS, Cursor, Measurement
 from worker import Worker
 
 LEAST_OF_FIO = 0.97
 FIO_BUFFERS = 64 * MIB
-# A host keeps what was moved last, and moves faster what it has moved before: both files have been
-# gone through this often, by the trials or for nothing, when the rounds of a workload begin.
+# A host keeps what was moved last, and moves faster what it has moved before: the file's size was
+# moved this often when the rounds that count begin.
 LAPS = 3
 DEEPSPEED_TENSORS = (2, 8, 64)  # MiB; twelve of them are its buffers
 NAMES = {"read": "reads", "write": "writes", "mix": "optimizer mix"}
@@ -62,8 +67,9 @@ class Contestant:
 
     name: str
     settings: Mapping[str, Sequence[Any]]  # of each workload
-    measure: Callable[[str, float, Any], Measurement]
+    measure: Callable[[str, float, Any, int], Measurement]  # from a byte of the file on
     describe: Callable[[Any], str]
+    on_the_file: bool = True  # that the others measure on
     chosen: Any = None
     found: list[Measurement] = field(default_factory=list)
 
@@ -79,7 +85,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--rounds", type=int, default=11, help="turns of each contestant")
     add("--seconds", type=float, default=2.0, help="length of a measurement")
     add("--pause", type=float, default=1.0, metavar="SECONDS", help="before each measurement")
-    add("--size", type=int, default=16384, metavar="MIB", help="of each file")
+    add("--size", type=int, default=16384, metavar="MIB", help="of the file")
     add("--buffers", type=int, default=18, metavar="MIB", help="of the store's reads and writes")
     add("--swap-dir", metavar="PATH", default=tempfile.gettempdir())
     add("--peer-venv", metavar="PATH", help="virtual environment with DeepSpeed")
@@ -96,11 +102,11 @@ def parse_arguments() -> argparse.Namespace:
     return options
 
 
-def measured_by(worker: Worker) -> Callable[[str, float, Any], Measurement]:
-    """Asks the worker's process: a workload, its seconds after a ramp, a setting."""
+def measured_by(worker: Worker) -> Callable[[str, float, Any, int], Measurement]:
+    """Asks the worker's process: a workload, its seconds after a ramp, a setting, a place."""
 
-    def measure(workload: str, seconds: float, setting: Any) -> Measurement:
-        request = {"workload": workload, "seconds": seconds, **setting}
+    def measure(workload: str, seconds: float, setting: Any, start: int) -> Measurement:
+        request = {"workload": workload, "seconds": seconds, "start": start, **setting}
         return Measurement(**worker.ask(request))
 
     return measure
@@ -120,7 +126,8 @@ def update_pipeline(worker: Worker) -> Contestant:
     def describe(_: Any) -> str:
         return f"{worker.about['config']}, AdamW in between"
 
-    return Contestant("offload-adamw", {"mix": [{"update": True}]}, measured_by(worker), describe)
+    settings = {"mix": [{"update": True}]}
+    return Contestant("offload-adamw", settings, measured_by(worker), describe, on_the_file=False)
 
 
 def fio(peer: Fio, huge_pages: bool, quick: bool) -> Contestant:
@@ -157,12 +164,9 @@ def deepspeed(worker: Worker, quick: bool) -> Contestant:
     return Contestant("deepspeed", settings, measured_by(worker), describe)
 
 
-def with_ramp(measurement: Measurement) -> float:
-    """Bytes of a measurement and of the ramp before it."""
-    return measurement.nbytes * (1 + RAMP_SECONDS / measurement.seconds)
-
-
-def choose(contestant: Contestant, workload: str, seconds: float) -> list[Measurement]:
+def choose(
+    contestant: Contestant, workload: str, seconds: float, cursor: Cursor
+) -> list[Measurement]:
     """Tries the contestant's settings, twice each, and takes the one that was once the fastest.
 
     Settings that the peer refuses are told and left out.
@@ -174,11 +178,14 @@ def choose(contestant: Contestant, workload: str, seconds: float) -> list[Measur
     best: list[tuple[Measurement, Any]] = []
     for setting in [*tried, *reversed(tried)]:
         try:
-            best.append((contestant.measure(workload, seconds, setting), setting))
+            found = contestant.measure(workload, seconds, setting, cursor.position)
         except FioError as error:
             print(f"left out: {error}")
+        else:
+            best.append((found, setting))
     if not best:
         raise SystemExit(f"{contestant.name}: every setting was refused")
+    cursor.move(measurement for measurement, _ in best)
     contestant.chosen = max(best, key=lambda trial: trial[0].rate)[1]
     print(
         f"{NAMES[workload]}, {contestant.name}: {contestant.describe(contestant.chosen)}",
@@ -187,16 +194,33 @@ def choose(contestant: Contestant, workload: str, seconds: float) -> list[Measur
     return [measurement for measurement, _ in best]
 
 
-def even_out(
-    workload: str, contestants: Sequence[Contestant], seconds: float, least: Sequence[float]
+def play_round(
+    contestants: Sequence[Contestant],
+    workload: str,
+    number: int,
+    options: argparse.Namespace,
+    cursor: Cursor,
 ) -> None:
-    """Has the first two, who use a file each, move `least` bytes of it in turns; none is kept."""
-    moved = [0.0, 0.0]
-    while any(done < enough for done, enough in zip(moved, least, strict=True)):
-        for number, contestant in enumerate(contestants[:2]):
-            if moved[number] < least[number]:
-                found = contestant.measure(workload, seconds, contestant.chosen)
-                moved[number] += with_ramp(found)
+    """A measurement more in everyone's `found`."""
+    for contestant in in_turn(contestants, number):
+        time.sleep(options.pause)
+        found = contestant.measure(workload, options.seconds, contestant.chosen, cursor.position)
+        contestant.found.append(found)
+    cursor.move(contestant.found[-1] for contestant in contestants)
+
+
+def warm(
+    contestants: Sequence[Contestant], workload: str, options: argparse.Namespace, cursor: Cursor
+) -> None:
+    """Rounds that do not count, until LAPS times the file's size was moved."""
+    rounds, moved = 0, 0.0
+    while moved < LAPS * options.size * MIB:
+        play_round(contestants, workload, rounds, options, cursor)
+        sharing = (c for c in contestants if c.on_the_file)
+        moved += sum(contestant.found.pop().nbytes_with_ramp for contestant in sharing)
+        rounds += 1
+    for contestant in contestants:
+        contestant.found.clear()
 
 
 def compare(
@@ -204,20 +228,13 @@ def compare(
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """(one row per round, one row per contestant) of one workload."""
     contestants = [c for c in contestants if workload in c.settings]
-    trials = [m for c in contestants for m in choose(c, workload, options.seconds / 4)]
-    of_files = [c for c in contestants if c.name != "offload-adamw"]
+    cursor = Cursor(options.size * MIB)
+    trials = [m for c in contestants for m in choose(c, workload, options.seconds / 4, cursor)]
     if not options.quick:
-        # All trials were the peers', on their file.
-        enough = LAPS * options.size * MIB
-        least = (enough, enough - sum(with_ramp(trial) for trial in trials))
-        even_out(workload, of_files, options.seconds, least)
+        warm(contestants, workload, options, cursor)
     rounds: list[dict[str, Any]] = []
     for number in range(options.rounds):
-        for contestant in in_turn(contestants, number):
-            time.sleep(options.pause)
-            contestant.found.append(
-                contestant.measure(workload, options.seconds, contestant.chosen)
-            )
+        play_round(contestants, workload, number, options, cursor)
         row: dict[str, Any] = {"workload": workload, "round": number + 1}
         row |= {f"{c.name}_mb_per_s": c.found[-1].rate / 1e6 for c in contestants}
         ours, *peers = contestants

@@ -10,6 +10,7 @@ three of the previous one's.
 from __future__ import annotations
 
 import importlib
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
@@ -18,16 +19,16 @@ from typing import Any
 import torch
 from worker import Answer, Json, serve
 
-from io_peers.measurement import MIB, Measurement, Meter, Progress
+from io_peers.measurement import MIB, PATTERN, STRIDE, Measurement, Meter, Progress
 
-LARGEST = 64 * MIB
+LARGEST = STRIDE
 GROUP = 4
 SETS = 3
 WRITTEN = 3
 
 
 class AioLoad:
-    """DeepSpeed on the first `size` bytes of `file`; measure() goes on where the last one ended."""
+    """DeepSpeed on the first `size` bytes of `file`, which hold PATTERN."""
 
     def __init__(self, file: str, size: int) -> None:
         builder = importlib.import_module("deepspeed.ops.op_builder").AsyncIOBuilder()
@@ -44,14 +45,18 @@ class AioLoad:
             for _ in range(SETS)
         ]
         self._use(LARGEST)
-        for tensor in self._sets[0]:
-            tensor.copy_(torch.rand(tensor.numel()))
+        pattern = torch.frombuffer(bytearray(PATTERN), dtype=torch.int32)
+        bits = [[tensor.view(torch.int32) for tensor in group] for group in self._sets]
+        for tensor in itertools.chain.from_iterable(bits):
+            tensor.view(-1, pattern.numel()).copy_(pattern)
+        for tensor in bits[1]:
+            tensor.zero_()  # is read into
         for transfer, tensors in zip(
             (first.async_pwrite, first.async_pread), self._sets, strict=False
         ):
             self._start(transfer, tensors, 0)
             self._wait(first, GROUP)
-        if not all(map(torch.equal, self._sets[0], self._sets[1])):
+        if not all(map(torch.equal, bits[0], bits[1])):
             raise SystemExit("DeepSpeed read other bytes than it wrote")
 
     def _use(self, nbytes: int) -> None:
@@ -60,9 +65,9 @@ class AioLoad:
         self._sets = [[buffer[: nbytes // 4] for buffer in group] for group in self._buffers]
 
     def measure(self, request: Json) -> Measurement:
-        """One measurement of request["workload"] with handles as the request wants them."""
+        """One measurement of request["workload"], from byte request["start"], with its handles."""
         self._use(request["tensor_bytes"])
-        self._position = -(-self._position // LARGEST) * LARGEST % self._size
+        self._position = request["start"]
         pair = self._pair(request["overlap_events"], request["intra_op_parallelism"])
         meter = Meter(request["seconds"], lambda: Progress(self._read, self._written))
         if request["workload"] == "mix":

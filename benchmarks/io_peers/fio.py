@@ -8,7 +8,7 @@ import shutil
 import subprocess
 from dataclasses import dataclass
 
-from io_peers.measurement import MIB, RAMP_SECONDS, Cursor, Measurement
+from io_peers.measurement import MIB, PATTERN, RAMP_SECONDS, Measurement
 
 # Reads in the mix, in percent: an update reads four operands and writes three.
 MIX_READ_PERCENT = 57
@@ -47,7 +47,7 @@ def candidates(huge_pages: bool) -> list[FioConfig]:
 
 
 class Fio:
-    """fio on the first `size` bytes of `file`. Raises FioError where it is not installed."""
+    """fio on the first `size` bytes of `file`, which hold PATTERN. FioError: not installed."""
 
     def __init__(self, file: str, size: int) -> None:
         program = shutil.which("fio")
@@ -55,12 +55,14 @@ class Fio:
             raise FioError("fio is not installed")
         self._command = [program, "--name=peer", f"--filename={file}"]
         self._command += ["--direct=1", "--output-format=json"]
-        self._cursor = Cursor(size)
+        self._command += [f"--buffer_pattern=0x{PATTERN.hex()}"]
+        self._size = size
 
-    def measure(self, workload: str, seconds: float, config: FioConfig) -> Measurement:
-        """Runs `workload` for `seconds` after a ramp. Raises FioError."""
-        start, room = self._cursor.place
-        how = [f"--offset={start}", f"--size={room}"]
+    def measure(
+        self, workload: str, seconds: float, config: FioConfig, start: int = 0
+    ) -> Measurement:
+        """Runs `workload` from byte `start`, for `seconds` after a ramp. Raises FioError."""
+        how = [f"--offset={start}", f"--size={self._size - start}"]
         how.append("--rw=" + {"read": "read", "write": "write", "mix": "rw"}[workload])
         if workload == "mix":
             how.append(f"--rwmixread={MIX_READ_PERCENT}")
@@ -70,10 +72,8 @@ class Fio:
         how += ["--time_based", f"--runtime={round(1000 * seconds)}ms"]
         how += [f"--ramp_time={round(1000 * RAMP_SECONDS)}ms"]
         # What costs fio CPU time and is not I/O: statistics, and changing what it writes.
-        how += ["--gtod_reduce=1", "--scramble_buffers=0"]
-        found = self._run(how, config.memory)
-        self._cursor.move(found, seconds)
-        return found
+        how += ["--gtod_reduce=1", "--scramble_buffers=0", "--refill_buffers=0"]
+        return self._run(how, config.memory)
 
     def _run(self, how: list[str], memory: str) -> Measurement:
         tunable = f"glibc.malloc.hugetlb={int(memory == 'transparent huge pages')}"

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import random
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 MIB = 2**20
 WORKLOADS = ("read", "write", "mix")
 RAMP_SECONDS = 0.3
+STRIDE = 64 * MIB  # measurements start at multiples of it
+# The file that all share holds this throughout, and all write it: so what one contestant wrote has
+# the checksums that the store knows. fio repeats at most 512 bytes.
+PATTERN = random.Random(0).randbytes(512)
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,11 @@ class Measurement:
         return self.read_bytes + self.written_bytes
 
     @property
+    def nbytes_with_ramp(self) -> float:
+        """Bytes of the measurement and, about, of the ramp before it."""
+        return self.nbytes * (1 + RAMP_SECONDS / self.seconds)
+
+    @property
     def rate(self) -> float:
         """Bytes per second, reads and writes together."""
         return self.nbytes / self.seconds
@@ -44,26 +54,22 @@ class Measurement:
 
 
 class Cursor:
-    """Where in a file the next measurement starts: behind what the last one moved.
+    """Where in the file everybody's next measurement starts: behind what the last ones moved.
 
-    So nobody reads what was moved a moment ago, which a host's cache may still hold.
+    So nobody reads what was moved long ago by one and a moment ago by another, which a host's cache
+    may still hold.
     """
 
     def __init__(self, size: int) -> None:
         self._size = size
-        self._position = 0
+        self.position = 0  # bytes; a multiple of STRIDE
 
-    @property
-    def place(self) -> tuple[int, int]:
-        """(bytes from the file's start, bytes from there to its end), whole MiB."""
-        return self._position, self._size - self._position
-
-    def move(self, found: Measurement, seconds: float) -> None:
-        """What `found`, of `seconds`, and its ramp moved lies behind; at the end, begin again."""
-        moved = found.nbytes * (1 + RAMP_SECONDS / seconds)
-        self._position += -(-int(moved) // MIB) * MIB
-        if self._position > self._size * 3 // 4:  # too little is left for a measurement
-            self._position = 0
+    def move(self, found: Iterable[Measurement]) -> None:
+        """To behind what any of these and its ramp moved; past the file's middle, begin again."""
+        moved = max(one.nbytes_with_ramp for one in found)
+        self.position += -(-int(moved) // STRIDE) * STRIDE
+        if self.position > self._size // 2:  # too little may be left for a measurement
+            self.position = 0
 
 
 @dataclass(frozen=True)

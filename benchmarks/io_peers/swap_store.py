@@ -3,11 +3,15 @@
 Objects of a block fill the store; four of them are a unit: parameters, gradients, two moments.
 Transfers go through whole objects in turn, one for each buffer at a time: as many as the queue is
 deep are in flight, the others wait behind them. They are reads, writes, or the mix, which is the
-four reads and three writes of unit after unit. With "update", the mix is what it is for: a real
-optimizer update of each unit by the pipeline, which waits for arithmetic too. A measurement goes on
-where the last one ended.
+four reads and three writes of unit after unit. A measurement starts at an object that the request
+names.
 
-The peers get a second store's file, filled likewise, so that what they write is nobody's objects.
+The peers measure on this store's file, in the meantime: two files of one disk differ, by a few
+percent and for as long as they are there. What they write is what every object holds anyway, so the
+checksums still hold.
+
+With "update", the mix is what it is for: a real optimizer update of each unit by the pipeline,
+which waits for arithmetic too. It changes bytes, so it has a store of its own.
 """
 
 from __future__ import annotations
@@ -23,12 +27,13 @@ from pathlib import Path
 import torch
 from worker import Answer, Json, serve
 
-from io_peers.measurement import MIB, Measurement, Meter, Progress
+from io_peers.measurement import MIB, PATTERN, Measurement, Meter, Progress
 from offload import _native
 from offload.optim.aten_rounding import aten_rounding
 
 JOBS = 16
 STAGING_BLOCKS = 32
+UNIT = 4  # objects: a parameter, its gradient, two moments
 Start = Callable[[_native.Lease, int], _native.Transfer]
 
 
@@ -37,68 +42,77 @@ def open_store(folder: str) -> _native.SwapStore:
     return _native.SwapStore(folder)
 
 
+def pattern(nbytes: int) -> torch.Tensor:
+    """What every object holds, as bytes."""
+    return torch.frombuffer(bytearray(PATTERN), dtype=torch.uint8).repeat(nbytes // len(PATTERN))
+
+
+def random_floats(nbytes: int) -> Iterator[torch.Tensor]:
+    """Operands of updates, as bytes."""
+    generator = torch.Generator().manual_seed(0)
+    while True:
+        yield torch.rand(nbytes // 4, generator=generator).view(torch.uint8)
+
+
 class StoreLoad:
-    """A store full of written objects; measure() loads it."""
+    """A store full of written objects, and one that is updated; measure() loads them."""
 
     def __init__(self, folder: str, size: int, buffers: int) -> None:
         self.folder = Path(folder).resolve()
         self.store = open_store(folder)
         if self.store.in_memory or not self.store.direct:
             raise SystemExit(f"{folder}: no O_DIRECT there: {self.store.note}")
+        self.file = self._file()
+        self.updated = open_store(folder)
         self.nbytes = self.store.block_bytes
         staging = STAGING_BLOCKS * self.nbytes
         self.arena = _native.HostArena(buffers + staging + MIB)
-        self.store.add_memory(self.arena)
+        for store in (self.store, self.updated):
+            store.add_memory(self.arena)
         self.leases = [self.arena.allocate(self.nbytes) for _ in range(buffers // self.nbytes)]
-        self.spare = max(buffers, staging)
-        self.pipeline = _native.UpdatePipeline(self.store, self.arena, staging, 1)
-        generator = torch.Generator().manual_seed(0)
-        for lease in self.leases:
-            torch.rand(
-                self.nbytes // 4,
-                generator=generator,
-                out=torch.frombuffer(lease, dtype=torch.float32)[: self.nbytes // 4],
-            )
-        mine = self._files()
-        self.peers_store = open_store(folder)
-        self.peers_file = next(iter(self._files() - mine))
-        self.objects, others = (self._created(s, size) for s in (self.store, self.peers_store))
-        self._turn = itertools.cycle(self.objects)
-        self._unit = itertools.cycle(range(0, len(self.objects), 4))
-        # In turns, so that a host still has as much of the one file as of the other.
-        for number, (item, other) in enumerate(zip(self.objects, others, strict=True)):
-            lease = self.leases[number % len(self.leases)]
-            self.store.write(item, lease, self.nbytes).wait()
-            self.peers_store.write(other, lease, self.nbytes).wait()
+        self.pipeline = _native.UpdatePipeline(self.updated, self.arena, staging, 1)
+        count = size // self.nbytes // UNIT * UNIT
+        self.objects = self._created(self.store, count, buffers)
+        self._fill(self.store, self.objects, itertools.repeat(pattern(self.nbytes)))
+        self.operands = self._created(self.updated, count, staging)
+        self._fill(self.updated, self.operands, random_floats(self.nbytes))
+        self._unit = itertools.cycle(range(0, count, UNIT))
 
-    def _created(self, store: _native.SwapStore, size: int) -> list[int]:
-        """`size` bytes of objects, not yet written."""
-        count = size // self.nbytes // 4 * 4
-        store.reserve(count * store.footprint(self.nbytes), self.spare)
+    def _created(self, store: _native.SwapStore, count: int, spare: int) -> list[int]:
+        """`count` objects, not yet written."""
+        store.reserve(count * store.footprint(self.nbytes), spare)
         return [store.create(self.nbytes) for _ in range(count)]
 
-    def _files(self) -> set[str]:
-        """Paths of the unnamed swap files, for as long as this process lives."""
-        found = set()
+    def _fill(
+        self, store: _native.SwapStore, objects: list[int], contents: Iterator[torch.Tensor]
+    ) -> None:
+        """Writes each object once, in the order of the file; all buffers hold such contents."""
+        for lease, content in zip(self.leases, contents, strict=False):
+            torch.frombuffer(lease, dtype=torch.uint8)[: self.nbytes].copy_(content)
+        for item, lease in zip(objects, itertools.cycle(self.leases), strict=False):
+            store.write(item, lease, self.nbytes).wait()
+
+    def _file(self) -> str:
+        """Path of the one unnamed swap file, for as long as this process lives."""
         for link in Path("/proc/self/fd").iterdir():
             try:
                 target = link.readlink()
             except FileNotFoundError:  # the descriptor that iterdir() itself used
                 continue
             if target.is_relative_to(self.folder) and str(target).endswith("(deleted)"):
-                found.add(f"/proc/{os.getpid()}/fd/{link.name}")
-        if not found:
-            raise SystemExit(f"{self.folder}: the swap file has a name")
-        return found
+                return f"/proc/{os.getpid()}/fd/{link.name}"
+        raise SystemExit(f"{self.folder}: the swap file has a name")
 
     def measure(self, request: Json) -> Measurement:
-        """One measurement of request["workload"]."""
+        """One measurement of request["workload"], from byte request["start"] on."""
         meter = Meter(request["seconds"], self._progress)
         if request.get("update", False):
             self._update_units(meter)
         else:
-            self._move_objects(meter, self._transfers(request["workload"]))
-        if self.store.stats()["failed"] > 0:
+            first = request["start"] // self.nbytes % len(self.objects)
+            objects = itertools.chain(self.objects[first:], itertools.cycle(self.objects))
+            self._move_objects(meter, self._transfers(request["workload"], objects))
+        if any(store.stats()["failed"] > 0 for store in (self.store, self.updated)):
             raise SystemExit("requests of the swap store failed")
         return meter.result()
 
@@ -106,17 +120,16 @@ class StoreLoad:
         """Ends the pipeline's threads and the store's."""
         self.pipeline.close()
         self.store.close()
-        self.peers_store.close()
+        self.updated.close()
 
     def _progress(self) -> Progress:
-        stats = self.store.stats()
-        computing = self.pipeline.stats()["update_seconds"]
-        return Progress(stats["bytes_read"], stats["bytes_written"], computing)
+        both = [store.stats() for store in (self.store, self.updated)]
+        read, written = (sum(s[name] for s in both) for name in ("bytes_read", "bytes_written"))
+        return Progress(read, written, self.pipeline.stats()["update_seconds"])
 
-    def _transfers(self, workload: str) -> Iterator[Start]:
+    def _transfers(self, workload: str, objects: Iterator[int]) -> Iterator[Start]:
         """What to start, one after the other, for ever; in the mix every read before its write."""
         read, write = self.store.read, self.store.write
-        objects = self._turn
         if workload != "mix":
             transfer = read if workload == "read" else write
             return (partial(transfer, item) for item in objects)
@@ -160,7 +173,7 @@ class StoreLoad:
         )
         param, grad, *states = (
             _native.UpdateOperand.on_disk(item, self.nbytes)
-            for item in self.objects[first : first + 4]
+            for item in self.operands[first : first + UNIT]
         )
         numel = self.nbytes // 4
         segments = [_native.UpdateSegment(0, numel, hyper, [])]
@@ -174,7 +187,7 @@ def _prepare(settings: Json) -> tuple[Json, Answer, Callable[[], None]]:
     about = {
         "config": f"{load.store.engine}, checksums",
         "why": load.store.engine_reason,
-        "file": load.peers_file,
+        "file": load.file,
     }
 
     return about, lambda request: asdict(load.measure(request)), load.close
