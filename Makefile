@@ -55,13 +55,13 @@ test: export CMAKE_ARGS := $(CMAKE_ARGS) -DOFFLOAD_WERROR=ON
 test: cpp-test py-test lint
 
 # $(call cpp_build,FOLDER,SANITIZERS,CUDA,OPTIMIZATION): configure and compile the C++ tests, after
-# tests that run at the same time.
+# tests that run at the same time, and the benchmarks' programs.
 cpp_build = \
   $(BIN)/cmake -S . -B build/$(1) -G Ninja --no-warn-unused-cli \
     -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
     -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS_DEBUG=$(4) -DOFFLOAD_WERROR=ON \
     -DOFFLOAD_SANITIZE=$(2) -DOFFLOAD_BUILD_TESTS=ON -DOFFLOAD_BUILD_PYTHON=OFF \
-    -DOFFLOAD_CUDA=$(3) && \
+    -DOFFLOAD_BUILD_BENCHMARKS=ON -DOFFLOAD_CUDA=$(3) && \
   nice $(BIN)/cmake --build build/$(1)
 
 # With CUDA where there is some, and without. TSan's tests take minutes and are one thread mostly:

@@ -6,6 +6,11 @@ a bar, is the pipeline itself, which updates what it moves. fio runs at the stor
 depth (1 MiB, 16), with the engine and buffers that trials before each comparison found fastest; the
 settings of DeepSpeed's handle and the size of its tensors are chosen likewise.
 
+fio never reads what the disk moved into its buffers; the store checksums it all. What that alone
+costs, a bare loop of liburing shows that does the same (benchmarks/native/checked_loop.cc,
+compiled by the cmake of this Python): the limit of anyone who reads what was moved. Under a virtual
+machine the host overwrites more slowly what our cores have read.
+
 All share one file, the store's own, and in a round they all start at the same place in it: a disk
 is not equally fast everywhere (fio on a virtual one: 2816 MB/s in the first eighth of a file, 3204
 in another, again and again; another file as a whole, 0.957). What a peer writes there is what the
@@ -47,9 +52,11 @@ from pathlib import Path
 from typing import Any
 
 from common import Bar, add_common_options, deepspeed_python, finish, in_turn, print_rows
+from io_peers.checked_loop import CACHE_USES, CheckedLoop
 from io_peers.fio import Fio, FioError, candidates
 from io_peers.huge_pages import reserved_huge_pages
 from io_peers.measurement import MIB, WORKLOADS, Cursor, Measurement
+from native_program import compile_program
 from worker import Worker
 
 LEAST_OF_FIO = 0.97
@@ -136,6 +143,14 @@ def fio(peer: Fio, huge_pages: bool, quick: bool) -> Contestant:
         print("no huge pages may be reserved: fio gets transparent ones through glibc's malloc")
     tried = candidates(huge_pages)[: 1 if quick else None]
     return Contestant("fio", dict.fromkeys(WORKLOADS, tried), peer.measure, str)
+
+
+def checked_loop(file: str, size: int) -> Contestant:
+    """The bare loop with checksums."""
+    print("checked-loop: compiling it", flush=True)
+    loop = CheckedLoop(compile_program("checked_loop"), file, size)
+    tried = dict.fromkeys(WORKLOADS, CACHE_USES)
+    return Contestant("checked-loop", tried, loop.measure, lambda use: f"checksums, caches: {use}")
 
 
 def deepspeed(worker: Worker, quick: bool) -> Contestant:
@@ -242,12 +257,15 @@ def compare(
         rounds.append(row)
     print_rows(NAMES[workload], rounds)
     limit = max(m.rate for m in [*trials, *(m for c in contestants for m in c.found)])
-    return rounds, [summary(workload, c, limit) for c in contestants]
+    return rounds, [summary(workload, c, contestants[0], limit) for c in contestants]
 
 
-def summary(workload: str, contestant: Contestant, limit: float) -> dict[str, Any]:
+def summary(
+    workload: str, contestant: Contestant, ours: Contestant, limit: float
+) -> dict[str, Any]:
     """A contestant's line; `limit` is the highest rate that anyone reached."""
     found = contestant.found
+    ratios = (mine.rate / one.rate for mine, one in zip(ours.found, found, strict=True))
     rate = statistics.median(m.rate for m in found)
 
     def per_mib(seconds: Iterable[float]) -> float:
@@ -262,6 +280,7 @@ def summary(workload: str, contestant: Contestant, limit: float) -> dict[str, An
         "min_mb_per_s": min(m.rate for m in found) / 1e6,
         "max_mb_per_s": max(m.rate for m in found) / 1e6,
         "limit_reached": rate / limit,
+        "offload_ratio": statistics.median(ratios),
         "cpu_s_per_gb": statistics.median(m.cpu_per_byte for m in found) * 1e9,
         "user_us_per_mib": per_mib(m.user_seconds - m.compute_seconds for m in found),
         "system_us_per_mib": per_mib(m.system_seconds for m in found),
@@ -311,6 +330,8 @@ def main() -> int:
         except FioError as error:
             raise SystemExit(f"there is nothing to compare with: {error}") from None
         contestants.append(fio(peer_fio, huge_pages, options.quick))
+        if not options.quick:
+            contestants.append(checked_loop(settings["file"], options.size * MIB))
         if peer is not None:
             print("deepspeed: loading async_io; the first time compiles it", flush=True)
             worker = start(peer[0], "io_peers.deepspeed_aio", peer[1])

@@ -11,18 +11,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
 from typing import Any
 
 from common import Bar, add_common_options, finish, print_rows
+from native_program import compile_program
 
-ROOT = Path(__file__).resolve().parents[1]
-BUILD = ROOT / "build" / "bench"
 MOST_US = 5.0
 RUNS = {
     "engine_read": "engine alone, read",
@@ -33,28 +30,6 @@ RUNS = {
     "store_write": "store, write",
     "checksum": "CRC32C of 1 MiB alone",
 }
-
-
-def compile_program() -> Path:
-    """The program, built where it is not up to date. Raises SystemExit with what cmake said."""
-    programs = Path(sys.executable).parent
-    env = {**os.environ, "PATH": f"{programs}{os.pathsep}{os.environ.get('PATH', os.defpath)}"}
-    configure = [
-        "cmake",
-        "-S",
-        str(ROOT),
-        "-B",
-        str(BUILD),
-        "-G",
-        "Ninja",
-        "-DCMAKE_BUILD_TYPE=Release",
-    ]
-    configure += ["-DOFFLOAD_BUILD_PYTHON=OFF", "-DOFFLOAD_BUILD_BENCHMARKS=ON"]
-    for command in (configure, ["cmake", "--build", str(BUILD), "--target", "request_overhead"]):
-        run = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-        if run.returncode != 0:
-            raise SystemExit(run.stdout + run.stderr)
-    return BUILD / "request_overhead"
 
 
 def main() -> int:
@@ -68,7 +43,7 @@ def main() -> int:
     options = parser.parse_args()
     size, requests = (64, 256) if options.quick else (1024, 8192)
     rounds = 1 if options.quick else options.rounds
-    command = [compile_program(), options.swap_dir, str(size), str(requests)]
+    command = [compile_program("request_overhead"), options.swap_dir, str(size), str(requests)]
     found: list[dict[str, Any]] = []
     for _ in range(rounds):
         run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)

@@ -72,10 +72,11 @@ class StoreLoad:
         self.leases = [self.arena.allocate(self.nbytes) for _ in range(buffers // self.nbytes)]
         self.pipeline = _native.UpdatePipeline(self.updated, self.arena, staging, 1)
         count = size // self.nbytes // UNIT * UNIT
-        self.objects = self._created(self.store, count, buffers)
-        self._fill(self.store, self.objects, itertools.repeat(pattern(self.nbytes)))
         self.operands = self._created(self.updated, count, staging)
         self._fill(self.updated, self.operands, random_floats(self.nbytes))
+        # Last: what the buffers then hold is what measurements write.
+        self.objects = self._created(self.store, count, buffers)
+        self._fill(self.store, self.objects, itertools.repeat(pattern(self.nbytes)))
         self._unit = itertools.cycle(range(0, count, UNIT))
 
     def _created(self, store: _native.SwapStore, count: int, spare: int) -> list[int]:

@@ -77,6 +77,21 @@ def test_only_one_workload(disk: Path) -> None:
     assert {row["workload"] for row in json.loads(found.read_text())["rows"]} == {"write"}
 
 
+@pytest.mark.parametrize("workload", ["write", "mix"])
+def test_the_store_writes_what_its_peers_write(disk: Path, workload: str) -> None:
+    from io_peers.measurement import MIB, PATTERN
+    from worker import Worker
+
+    settings = {"folder": str(disk), "size": 64 * MIB, "buffers": 18 * MIB}
+    with Worker(sys.executable, "io_peers.swap_store", disk / "log", settings) as store:
+        for place in (0, 32 * MIB):
+            found = store.ask({"workload": workload, "seconds": 0.2, "start": place})
+            assert found["written_bytes"] > 0
+        with Path(store.about["file"]).open("rb") as file:
+            for _ in range(64):
+                assert file.read(MIB) == PATTERN * (MIB // len(PATTERN))
+
+
 def test_a_missing_folder_is_an_error(disk: Path) -> None:
     run = run_benchmark(disk / "missing")
     assert run.returncode != 0
