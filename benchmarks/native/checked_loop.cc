@@ -7,6 +7,7 @@
 #include <sys/resource.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <array>
 #include <cerrno>
 #include <chrono>
@@ -15,7 +16,9 @@
 #include <cstdlib>
 #include <cstring>
 #include <deque>
+#include <initializer_list>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "base/crc32c.h"
@@ -129,7 +132,8 @@ class Loop {
   }
 
   void checksum(unsigned buffer) {
-    if (crc32c(base_ + buffer * kBlock, kBlock, 0, use_) != expected_) fail("checksum", EIO);
+    if (crc32c(base_ + buffer * kBlock, kBlock, 0, use_) != expected_)
+      fail("a block does not hold the pattern", EIO);
   }
 
   void prepare(unsigned buffer) {
@@ -208,7 +212,11 @@ class Loop {
 
 int main(int argc, char** argv) {
   using namespace offload;
-  if (argc != 9) {
+  const auto is_one_of = [&](int i, std::initializer_list<const char*> words) {
+    return std::any_of(words.begin(), words.end(),
+                       [&](const char* word) { return std::strcmp(argv[i], word) == 0; });
+  };
+  if (argc != 9 || !is_one_of(2, {"read", "write", "mix"}) || !is_one_of(7, {"keep", "pass"})) {
     std::fprintf(stderr,
                  "usage: %s FILE read|write|mix RAMP SECONDS START SIZE keep|pass HEX\n"
                  "FILE's first SIZE bytes hold the pattern HEX, block after block\n",
