@@ -19,7 +19,8 @@ bytes, has a file of its own.
 
 What is to be measured is a disk, which training state is larger than any cache of: O_DIRECT passes
 by this machine's page cache, but under a virtual machine the host has one. So the file is of
-16 GiB, and a round goes on where the last one ended.
+16 GiB, and a round goes on where the last one ended. Within a round such a cache may hold what the
+one before has just moved; the order of the turns evens that out.
 
 How fast a disk is can depend on how much memory the transfers rotate over: under a virtual machine
 the host copies, and what was used a moment ago is in its cache. fio's buffers are depth x block,

@@ -58,9 +58,7 @@ class Fio:
         self._command += [f"--buffer_pattern=0x{PATTERN.hex()}"]
         self._size = size
 
-    def measure(
-        self, workload: str, seconds: float, config: FioConfig, start: int = 0
-    ) -> Measurement:
+    def measure(self, workload: str, seconds: float, config: FioConfig, start: int) -> Measurement:
         """Runs `workload` from byte `start`, for `seconds` after a ramp. Raises FioError."""
         how = [f"--offset={start}", f"--size={self._size - start}"]
         how.append("--rw=" + {"read": "read", "write": "write", "mix": "rw"}[workload])

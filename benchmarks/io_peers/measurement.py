@@ -56,8 +56,8 @@ class Measurement:
 class Cursor:
     """Where in the file everybody's next measurement starts: behind what the last ones moved.
 
-    So nobody reads what was moved long ago by one and a moment ago by another, which a host's cache
-    may still hold.
+    So a round reads what was moved long ago, and a host's cache may hold only what others of the
+    same round have just moved; the order of the turns evens that out.
     """
 
     def __init__(self, size: int) -> None:

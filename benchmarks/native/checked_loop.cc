@@ -4,7 +4,6 @@
 #include <fcntl.h>
 #include <liburing.h>
 #include <sys/mman.h>
-#include <sys/resource.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -22,6 +21,7 @@
 #include <vector>
 
 #include "base/crc32c.h"
+#include "cpu_time.h"
 
 namespace offload {
 namespace {
@@ -47,20 +47,6 @@ int check(const char* what, int result) {
 
 double seconds_since(Clock::time_point then) {
   return std::chrono::duration<double>(Clock::now() - then).count();
-}
-
-struct Usage {
-  double user = 0;
-  double system = 0;
-};
-
-Usage usage_now() {
-  rusage used = {};
-  check("getrusage", ::getrusage(RUSAGE_SELF, &used));
-  const auto seconds = [](const timeval& t) {
-    return static_cast<double>(t.tv_sec) + static_cast<double>(t.tv_usec) * 1e-6;
-  };
-  return {seconds(used.ru_utime), seconds(used.ru_stime)};
 }
 
 std::vector<unsigned char> bytes_of(const std::string& hex) {
@@ -101,7 +87,7 @@ class Loop {
     start();
     const Clock::time_point created = Clock::now();
     Clock::time_point begun;
-    Usage used;
+    CpuTime used;
     std::array<std::uint64_t, 2> moved = {};
     bool measuring = false;
     while (in_flight_ > 0) {
@@ -110,7 +96,7 @@ class Loop {
       if (!measuring && seconds_since(created) >= ramp) {
         measuring = true;
         begun = Clock::now();
-        used = usage_now();
+        used = CpuTime::now();
         moved = moved_;
       } else if (measuring && !stopping_ && seconds_since(begun) >= seconds) {
         stopping_ = true;
@@ -182,8 +168,8 @@ class Loop {
     }
   }
 
-  void print(double seconds, Usage before, const std::array<std::uint64_t, 2>& moved) const {
-    const Usage now = usage_now();
+  void print(double seconds, CpuTime before, const std::array<std::uint64_t, 2>& moved) const {
+    const CpuTime now = CpuTime::now();
     std::printf(
         "{\"seconds\": %.6f, \"read_bytes\": %.0f, \"written_bytes\": %.0f, "
         "\"user_seconds\": %.6f, \"system_seconds\": %.6f}\n",

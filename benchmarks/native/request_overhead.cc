@@ -1,7 +1,5 @@
 // CPU time that a request of 1 MiB costs, in the engine alone and through the swap store, with the
 // checksum's share told apart. Run by benchmarks/overhead.py; prints one JSON object.
-#include <sys/resource.h>
-
 #include <atomic>
 #include <cstdint>
 #include <cstdio>
@@ -15,6 +13,7 @@
 
 #include "base/align.h"
 #include "base/crc32c.h"
+#include "cpu_time.h"
 #include "io/probe.h"
 #include "mem/make_host_memory.h"
 #include "store/swap_store.h"
@@ -25,22 +24,6 @@ namespace {
 
 constexpr std::uint64_t kMiB = std::uint64_t{1} << 20;
 constexpr unsigned kDepth = 16;
-
-struct Cpu {
-  double user = 0;
-  double system = 0;
-};
-
-double seconds(const timeval& t) {
-  return static_cast<double>(t.tv_sec) + static_cast<double>(t.tv_usec) * 1e-6;
-}
-
-Cpu cpu_now() {
-  rusage usage = {};
-  // Fails only for a bad argument.
-  static_cast<void>(::getrusage(RUSAGE_SELF, &usage));
-  return {seconds(usage.ru_utime), seconds(usage.ru_stime)};
-}
 
 [[noreturn]] void fail(const Status& status) {
   std::fprintf(stderr, "%s\n", status.to_string().c_str());
@@ -71,8 +54,8 @@ struct Loop : IoRequest {
   }
 };
 
-void print(const std::string& name, Cpu from, std::int64_t requests, bool last = false) {
-  const Cpu to = cpu_now();
+void print(const std::string& name, CpuTime from, std::int64_t requests, bool last = false) {
+  const CpuTime to = CpuTime::now();
   const auto per = 1e6 / static_cast<double>(requests);
   std::printf("\"%s\": {\"user_us\": %.3f, \"system_us\": %.3f}%s", name.c_str(),
               (to.user - from.user) * per, (to.system - from.system) * per, last ? "}\n" : ", ");
@@ -97,7 +80,7 @@ void engine_alone(const std::string& dir, const std::shared_ptr<HostMemory>& mem
     std::atomic<std::int64_t> left{fill ? static_cast<std::int64_t>(4 * blocks) : requests};
     std::atomic<unsigned> open{kDepth};
     std::vector<Loop> loops(kDepth);
-    const Cpu from = cpu_now();
+    const CpuTime from = CpuTime::now();
     for (unsigned i = 0; i < kDepth; ++i) {
       Loop& loop = loops[i];
       loop.op = std::strcmp(name, "engine_read") == 0 ? IoOp::kRead : IoOp::kWrite;
@@ -159,10 +142,10 @@ void through_store(const std::string& dir, const std::shared_ptr<HostMemory>& me
     for (unsigned now = in_flight; now > 0; now = in_flight) in_flight.wait(now);
   };
   run(IoOp::kWrite, static_cast<std::int64_t>(2 * blocks));
-  Cpu from = cpu_now();
+  CpuTime from = CpuTime::now();
   run(IoOp::kWrite, requests);
   print(name + "_write", from, requests);
-  from = cpu_now();
+  from = CpuTime::now();
   run(IoOp::kRead, requests);
   print(name + "_read", from, requests);
   check(store.close());
@@ -176,7 +159,7 @@ void checksum_alone(std::int64_t requests) {
   Result<Lease> lease = memory.value()->allocate(kBuffers * kMiB);
   if (!lease.is_ok()) fail(lease.status());
   std::memset(lease.value().data(), 3, kBuffers * kMiB);
-  const Cpu from = cpu_now();
+  const CpuTime from = CpuTime::now();
   std::uint32_t sum = 0;
   for (std::int64_t i = 0; i < requests; ++i) {
     sum ^= crc32c(lease.value().data() + static_cast<std::uint64_t>(i) % kBuffers * kMiB, kMiB);

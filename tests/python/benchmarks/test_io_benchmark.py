@@ -36,16 +36,22 @@ def run_benchmark(folder: Path, *how: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture
-def disk(tmp_path: Path) -> Path:
-    """A folder where the store has O_DIRECT; fio is there too."""
-    if shutil.which("fio") is None:
-        pytest.skip("fio is not installed")
+def direct(tmp_path: Path) -> Path:
+    """A folder where the store has O_DIRECT."""
     store = _native.SwapStore(str(tmp_path))
     direct, note = store.direct, store.note
     store.close()
     if not direct:
         pytest.skip(f"no O_DIRECT here: {note}")
     return tmp_path
+
+
+@pytest.fixture
+def disk(direct: Path) -> Path:
+    """Such a folder; fio is there too."""
+    if shutil.which("fio") is None:
+        pytest.skip("fio is not installed")
+    return direct
 
 
 def test_quick_run(disk: Path) -> None:
@@ -78,12 +84,12 @@ def test_only_one_workload(disk: Path) -> None:
 
 
 @pytest.mark.parametrize("workload", ["write", "mix"])
-def test_the_store_writes_what_its_peers_write(disk: Path, workload: str) -> None:
+def test_the_store_writes_what_its_peers_write(direct: Path, workload: str) -> None:
     from io_peers.measurement import MIB, PATTERN
     from worker import Worker
 
-    settings = {"folder": str(disk), "size": 64 * MIB, "buffers": 18 * MIB}
-    with Worker(sys.executable, "io_peers.swap_store", disk / "log", settings) as store:
+    settings = {"folder": str(direct), "size": 64 * MIB, "buffers": 18 * MIB}
+    with Worker(sys.executable, "io_peers.swap_store", direct / "log", settings) as store:
         for place in (0, 32 * MIB):
             found = store.ask({"workload": workload, "seconds": 0.2, "start": place})
             assert found["written_bytes"] > 0
